@@ -1,0 +1,167 @@
+"""The face that RLlib users know, over the ring; the only module that imports RLlib.
+
+`CapRL` keeps RLlib's own set-up, result and Tune machinery and replaces what samples and learns: no env
+runners, no RL module, and a learner group that stands for the whole ring.
+"""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import OmegaConf
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_LEARNER_GROUP, COMPONENT_RL_MODULE
+from ray.rllib.core.rl_module.multi_rl_module import MultiRLModuleSpec
+from ray.rllib.utils.checkpoints import Checkpointable
+from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME, NUM_ENV_STEPS_TRAINED_LIFETIME
+from ray.tune import PlacementGroupFactory
+
+from caprl_async.config import Config
+from caprl_async.ring.actors import roster
+from caprl_async.ring.supervisor import Supervisor
+
+# It would advise every user on choosing between RLlib's old and new interfaces, of which neither is used.
+logging.getLogger("ray.rllib.algorithms.algorithm_config").setLevel(logging.ERROR)
+
+
+class CapRLConfig(AlgorithmConfig):
+    """`CapRLConfig().conf(config).build_algo()`; the conf is the whole configuration."""
+
+    def __init__(self, algo_class: type | None = None) -> None:
+        super().__init__(algo_class=algo_class or CapRL)
+        self._is_online = False  # no env runners: prompts come from a data set
+        self.caprl: dict[str, Any] = _as_dict(Config())
+
+    def conf(self, config: Config) -> CapRLConfig:
+        """Takes a whole conf, as `caprl_async.conf.load` gives it."""
+        self.caprl = _as_dict(config)
+        self.debugging(seed=config.seed, log_level=config.observe.log_level, log_sys_usage=False)
+        return self
+
+    @property
+    def as_conf(self) -> Config:
+        """The conf as the dataclasses of `caprl_async.config`."""
+        merged = OmegaConf.merge(OmegaConf.structured(Config), self.caprl)
+        config = OmegaConf.to_object(merged)
+        assert isinstance(config, Config)
+        return config
+
+    def get_multi_rl_module_spec(self, **_: Any) -> MultiRLModuleSpec:
+        return MultiRLModuleSpec(rl_module_specs={})
+
+    def build_learner_group(self, **_: Any) -> RingGroup:
+        return RingGroup()
+
+
+def _as_dict(config: Config) -> dict[str, Any]:
+    container = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    assert isinstance(container, dict)
+    return {str(name): value for name, value in container.items()}
+
+
+class RingGroup(Checkpointable):
+    """Stands where RLlib expects a learner group; its state is the ring's checkpoint folder."""
+
+    def __init__(self) -> None:
+        self.ring: Supervisor | None = None
+
+    def get_state(self, components: Any = None, *, not_components: Any = None, **_: Any) -> dict[str, Any]:
+        """Nothing but the keys that RLlib reads: weights never pass through the driver."""
+        return {COMPONENT_LEARNER: {COMPONENT_RL_MODULE: {}}}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """There is nothing to set; `restore_from_path` restores."""
+
+    def get_ctor_args_and_kwargs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (), {}
+
+    def save_to_path(self, path: Any = None, **_: Any) -> str:
+        assert self.ring is not None, "the ring has not been started"
+        self.ring.save(pathlib.Path(path))
+        return str(path)
+
+    def restore_from_path(self, path: Any, **_: Any) -> None:
+        assert self.ring is not None, "the ring has not been started"
+        self.ring.restore(pathlib.Path(path))
+
+    def shutdown(self) -> None:
+        if self.ring is not None:
+            self.ring.stop()
+
+
+class CapRL(Algorithm):
+    """CapRL as an RLlib algorithm: `train()` is one learner batch.
+
+    `on_message`, if set before `build_algo`, hears what the ring says while it starts.
+    """
+
+    on_message: Callable[[str], None] = staticmethod(lambda _: None)
+
+    @classmethod
+    def get_default_config(cls) -> CapRLConfig:
+        return CapRLConfig()
+
+    def _setup_logdir(self) -> None:
+        # Outside Tune, RLlib would make a folder in the user's home.
+        if self._storage:
+            super()._setup_logdir()
+        else:
+            self._logdir = self.config.caprl["run_dir"]
+            pathlib.Path(self._logdir).mkdir(parents=True, exist_ok=True)
+
+    def setup(self, config: AlgorithmConfig) -> None:
+        super().setup(config)
+        assert isinstance(self.config, CapRLConfig)
+        in_trial = bool(self.trial_id and self.trial_id != "default")
+        self.ring = Supervisor(
+            self.config.as_conf, say=type(self).on_message, first_bundle=1 if in_trial else 0
+        )
+        self.learner_group.ring = self.ring
+        try:
+            self.ring.start()
+        except BaseException:
+            self.ring.stop()
+            raise
+
+    def training_step(self) -> None:
+        self.ring.open_admission()
+        self.step_metrics = self.ring.step()
+        for name, value in self.step_metrics.items():
+            self.metrics.log_value(("caprl", name), value, reduce="mean", window=1)
+        self.metrics.log_value(
+            NUM_ENV_STEPS_SAMPLED_LIFETIME, self.step_metrics["captions_sampled"], reduce="max"
+        )
+        self.metrics.log_value(
+            NUM_ENV_STEPS_TRAINED_LIFETIME, self.step_metrics["captions_trained"], reduce="max"
+        )
+
+    def get_state(
+        self, components: Any = None, *, not_components: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        state: dict[str, Any] = super().get_state(components, not_components=not_components, **kwargs)
+        return state
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        # The ring restores itself by its folder; what is left is RLlib's own counting.
+        super().set_state({k: v for k, v in state.items() if k != COMPONENT_LEARNER_GROUP})
+
+    def restore_from_path(self, path: Any, *args: Any, **kwargs: Any) -> None:
+        Checkpointable.restore_from_path(self, path, *args, **kwargs)
+
+    def get_checkpointable_components(self) -> list[tuple[str, Checkpointable]]:
+        return [(COMPONENT_LEARNER_GROUP, self.learner_group)]
+
+    @classmethod
+    def _should_create_evaluation_env_runners(cls, eval_config: AlgorithmConfig) -> bool:
+        return False
+
+    @classmethod
+    def default_resource_request(cls, config: Any) -> PlacementGroupFactory:
+        filled = cls.get_default_config().update_from_dict(config)
+        assert isinstance(filled, CapRLConfig)
+        actors = roster(filled.as_conf, first_bundle=1)
+        return PlacementGroupFactory([{"CPU": 0.1}, *(spec.resources for spec in actors.all)])

@@ -1,0 +1,298 @@
+"""Reads a conf: yaml files that extend each other, then `key=value`, into one checked `Config`.
+
+Stands before the ring: whatever is wrong with a conf is one `ConfError` here, before anything starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from caprl_async import conf_checks, conf_files, conf_help
+from caprl_async.conf_checks import ConfError
+from caprl_async.config import Config
+
+__all__ = [
+    "ConfError",
+    "check_machine",
+    "dump",
+    "has_checkpoint",
+    "help_text",
+    "load",
+    "markdown_table",
+    "prepare_run_dir",
+    "read",
+    "resolve_path",
+    "to_yaml",
+]
+
+help_text = conf_help.help_text
+markdown_table = conf_help.markdown_table
+check_machine = conf_checks.check_machine
+has_checkpoint = conf_files.has_checkpoint
+
+RESOLVED = "conf.yaml"
+"""Name of the resolved conf in a run folder; a folder that holds one holds a run."""
+
+_PACKAGE = Path(__file__).resolve().parent
+_WRITTEN = ("run_dir", "data.image_dir")  # paths that the run makes; all other paths must exist
+_READ = tuple(conf_files.INPUT_FILES) + tuple(conf_files.INPUT_MODELS)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One source of keys: a conf file, or the command line."""
+
+    name: str
+    values: dict[str, Any]  # nested, as written
+    folder: Path | None  # of the file
+
+
+def load(argv: list[str]) -> Config:
+    """The checked conf of a command line `conf=FILE [key=value ...]`; paths in it are absolute.
+
+    Raises:
+        ConfError: anything that would not run; the message names the key and, where there is one, the fix.
+    """
+    path, overrides = _split_arguments(argv)
+    config = read(path, overrides)
+    conf_checks.check(config)
+    return config
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Like `load`, for keys and types alone: neither values nor files are checked.
+
+    Raises:
+        ConfError: an unknown key, a wrong type, a conf that cannot be read.
+    """
+    layers = [*_file_layers(path), _Layer("the command line", _parse_dotlist(overrides), None)]
+    config, sources = _merge(layers)
+    _resolve_paths(config, sources)
+    return config
+
+
+def dump(config: Config, path: Path) -> None:
+    """Writes a conf that `load` reads back to an equal `Config`."""
+    path.write_text(to_yaml(config), encoding="utf-8")
+
+
+def to_yaml(config: Config) -> str:
+    """The whole conf as yaml, enums by name."""
+    container = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    return yaml.safe_dump(container, sort_keys=False, allow_unicode=True, width=100)
+
+
+def prepare_run_dir(config: Config) -> Path:
+    """Makes the run folder and writes the resolved conf into it.
+
+    Raises:
+        ConfError: the folder holds a run and `resume` is false, or it cannot be written.
+    """
+    folder = Path(config.run_dir)
+    if (folder / RESOLVED).exists() and not config.resume:
+        way = "go on with it by resume=true" if has_checkpoint(folder) else "delete it (it has no checkpoint)"
+        raise ConfError(f"run_dir={folder} already holds a run; {way}, or choose another run_dir=...")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        dump(config, folder / RESOLVED)
+    except OSError as error:
+        raise ConfError(f"run_dir={folder} cannot be written: {error.strerror}") from error
+    return folder
+
+
+def resolve_path(text: str, folder: Path | None = None) -> str:
+    """An absolute path. `pkg:x` lies in the installed package; a relative path is taken from the working
+    directory, or from `folder` (of the conf that names it) if it exists only there."""
+    if text.startswith("pkg:"):
+        return str(_PACKAGE / text.removeprefix("pkg:"))
+    path = Path(text).expanduser()
+    if folder is not None and not path.exists() and (folder / path).exists():
+        path = folder / path
+    return str(path.resolve())
+
+
+# ---------------------------------------------------------------- reading
+
+
+def _split_arguments(argv: list[str]) -> tuple[Path, list[str]]:
+    for argument in argv:
+        if "=" not in argument or argument.startswith("-"):
+            shown = argument.lstrip("-")
+            hint = shown if "=" in shown else f"{shown.replace(' ', '=')}=..."
+            raise ConfError(f"'{argument}' is not of the form key=value; did you mean {hint}?")
+    paths = [a.removeprefix("conf=") for a in argv if a.startswith("conf=")]
+    if len(paths) != 1 or not paths[0]:
+        problem = "conf= is missing" if len(paths) < 2 else "conf= is given more than once"
+        raise ConfError(f"{problem}; name one conf file, for example conf={_example_conf()}")
+    return Path(paths[0]), [a for a in argv if not a.startswith("conf=")]
+
+
+def _example_conf() -> str:
+    found = conf_help.shipped_confs()
+    return str(found[0]) if found else "conf/demo.yaml"
+
+
+def _file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[_Layer]:
+    """The file's own layer last; what it extends comes before it."""
+    path = Path(resolve_path(str(path)))
+    if path in seen:
+        raise ConfError("base: goes in a circle: " + " -> ".join(str(p) for p in (*seen, path)))
+    if not path.is_file():
+        where = f" (base of {seen[-1]})" if seen else ""
+        raise ConfError(f"conf={path} is no file{where}{_nearest_file(path)}")
+    values = _read_yaml(path)
+    base = values.pop("base", None)
+    if base is None:
+        below = []
+    elif isinstance(base, str):
+        relative = base if base.startswith("pkg:") else str(path.parent / Path(base).expanduser())
+        below = _file_layers(Path(relative), (*seen, path))
+    else:
+        raise ConfError(f"base={base!r} in {path} is not a path")
+    return [*below, _Layer(str(path), values, path.parent)]
+
+
+def _nearest_file(path: Path) -> str:
+    candidates = {p.name: p for p in (*path.parent.glob("*.y*ml"), *conf_help.shipped_confs())}
+    name = path.name if path.suffix else f"{path.name}.yaml"
+    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
+    return f"; did you mean conf={candidates[close[0]]}?" if close else ""
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfError(f"{path}{line} is not valid yaml: {error.problem}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfError(f"{path} cannot be read as yaml: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfError(f"{path} holds no `key: value` lines")
+    return {str(name): value for name, value in values.items()}
+
+
+def _parse_dotlist(overrides: Sequence[str]) -> dict[str, Any]:
+    try:
+        values = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfError(f"cannot read {' '.join(overrides)}: {error}") from error
+    assert isinstance(values, dict)
+    if "base" in values:
+        raise ConfError("base= works in a conf file only; on the command line name the conf by conf=")
+    return {str(name): value for name, value in values.items()}
+
+
+# ---------------------------------------------------------------- merging
+
+
+def _merge(layers: list[_Layer]) -> tuple[Config, dict[str, _Layer]]:
+    """The layers over the defaults, later ones winning, and the layer each key came from."""
+    tree = OmegaConf.structured(Config)
+    sources: dict[str, _Layer] = {}
+    problems: list[str] = []
+    known = {leaf.key: leaf for leaf in conf_help.leaves()}
+    for layer in layers:
+        for key, value in _flatten(layer.values, Config, "", layer.name, problems):
+            if value is None and known[key].type is str:
+                value = ""  # `key:` and `key=` with nothing after them
+            try:
+                OmegaConf.update(tree, key, value, merge=False)
+            except OmegaConfBaseException:
+                problems.append(_wrong_type(key, value, known[key].type, layer.name))
+            sources[key] = layer
+    if problems:
+        raise ConfError.of(problems)
+    try:
+        config = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere, or to a wrong type
+        key = error.full_key or "a key"
+        raise ConfError(f"{key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, Config)
+    return config, sources
+
+
+def _flatten(
+    values: dict[str, Any], room: type, prefix: str, source: str, problems: list[str]
+) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every known key in `values`; what is not known is added to `problems`."""
+    hints = typing.get_type_hints(room)
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if name not in hints:
+            problems.append(_unknown(key, room, source))
+        elif not dataclasses.is_dataclass(hints[name]):
+            yield key, value
+        elif isinstance(value, dict):
+            yield from _flatten(value, hints[name], f"{key}.", source, problems)
+        elif value is not None:  # a section whose keys are all commented out is null
+            inner = ", ".join(f.name for f in dataclasses.fields(hints[name]))
+            problems.append(f"{key}={value!r} in {source}: {key} is a section with the keys {inner}")
+
+
+def _unknown(key: str, room: type, source: str) -> str:
+    return f"unknown key {key} in {source}; did you mean {_nearest_key(key, room)}?"
+
+
+def _nearest_key(key: str, room: type) -> str:
+    """The same name in another room, else a similar one in this room, else one whose help holds it."""
+    prefix, dot, name = key.rpartition(".")
+    leaves = conf_help.leaves()
+    siblings = [f"{prefix}{dot}{field.name}" for field in dataclasses.fields(room)]
+    every = [leaf.key for leaf in leaves]
+    words = name.replace("_", " ")
+    candidates = (
+        [k for k in every if k.rpartition(".")[2] == name]
+        or difflib.get_close_matches(key, siblings, n=1, cutoff=0.8)
+        or [leaf.key for leaf in leaves if leaf.key in siblings and words in leaf.help]
+        or difflib.get_close_matches(key, every, n=1, cutoff=0.8)
+        or [leaf.key for leaf in leaves if len(words) > 3 and words in leaf.help]
+        or siblings + every
+    )
+    return max(candidates, key=lambda k: difflib.SequenceMatcher(None, k, key).ratio())
+
+
+def _wrong_type(key: str, value: Any, wanted: Any, source: str) -> str:
+    head = f"{key}={value!r} in {source}"
+    if isinstance(wanted, type) and issubclass(wanted, enum.Enum):
+        names = [member.name for member in wanted]
+        close = difflib.get_close_matches(str(value), names, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return f"{head} is none of {' | '.join(names)}{hint}"
+    return f"{head} is not {describe_type(wanted)}"
+
+
+def describe_type(wanted: Any) -> str:
+    """A type in words."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    if wanted in words:
+        return words[wanted]
+    if isinstance(wanted, types.UnionType):
+        inner = [describe_type(t) for t in typing.get_args(wanted) if t is not types.NoneType]
+        return " or ".join([*inner, "null"])
+    if typing.get_origin(wanted) is list:
+        (item,) = typing.get_args(wanted)
+        return f"a list of which each entry is {describe_type(item)}"
+    return str(wanted)
+
+
+def _resolve_paths(config: Config, sources: dict[str, _Layer]) -> None:
+    for key in (*_WRITTEN, *_READ):
+        text = conf_help.value_of(config, key)
+        if text:
+            source = sources.get(key)
+            folder = source.folder if source is not None and key in _READ else None
+            room, name = conf_help.room_of(config, key)
+            setattr(room, name, resolve_path(text, folder))

@@ -1,0 +1,317 @@
+"""What a conf must hold beyond keys and types: values in range, settings that fit together, files that exist.
+
+Used by conf.py alone; every check gives a sentence that names its keys and says why.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from caprl_async import conf_files, conf_help
+from caprl_async.conf_help import value_of
+from caprl_async.config import Config, EngineConfig, JudgeMode, WeightBackend
+
+JOBS = ("train",)
+"""Modules of caprl_async.jobs with a `run(config)`."""
+
+LEARNER_DTYPES = ("float32", "bfloat16")
+ENGINE_DTYPES = ("float32", "bfloat16", "float16")
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+
+class ConfError(Exception):
+    """A conf that cannot run; the message is for the user."""
+
+    @classmethod
+    def of(cls, problems: list[str]) -> ConfError:
+        """One error for all of `problems`."""
+        if len(problems) == 1:
+            return cls(problems[0])
+        return cls(f"{len(problems)} problems\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def check(config: Config) -> None:
+    """Passes a conf that can run.
+
+    Raises:
+        ConfError: names everything that is wrong; files are looked at only when the values are right.
+    """
+    for checks in ((_ranges, _choices), (_combinations,), (conf_files.problems,)):
+        problems = [problem for find in checks for problem in find(config)]
+        if problems:
+            raise ConfError.of(problems)
+
+
+def check_machine(config: Config) -> None:
+    """Whether a ring that runs on this machine alone has the GPUs it asks for; imports torch.
+
+    Raises:
+        ConfError: with `ring.address=local` the GPUs are too few.
+    """
+    if config.ring.address != "local":
+        return
+    import torch
+
+    ring = config.ring
+    engines = config.judge.num_actors + bool(config.evaluate.heldout_judge.model)
+    wanted = (
+        ring.gpus_per_rollout * config.rollout.num_actors
+        + ring.gpus_per_judge * engines
+        + ring.gpus_per_learner * config.learner.num_ranks
+    )
+    have = torch.cuda.device_count()
+    if config.learner.device == "cuda" and not have:
+        raise ConfError(
+            "learner.device=cuda, but torch finds no GPU on this machine (ring.address=local); "
+            "set learner.device=cpu and weights.backend=gloo, or join a cluster by ring.address"
+        )
+    if wanted > have:
+        raise ConfError(
+            f"ring.gpus_per_rollout, gpus_per_judge and gpus_per_learner add up to {wanted:g} GPUs, "
+            f"this machine has {have}; use fewer actors or fractions of a GPU"
+        )
+
+
+# ---------------------------------------------------------------- one key at a time
+
+_Bound = tuple[str, Callable[[Any], bool]]
+_POSITIVE: _Bound = ("above 0", lambda v: v > 0)
+_NOT_NEGATIVE: _Bound = ("0 or more", lambda v: v >= 0)
+_AT_LEAST_1: _Bound = ("1 or more", lambda v: v >= 1)
+_SHARE: _Bound = ("between 0 and 1", lambda v: 0 <= v <= 1)
+
+_ENGINE_BOUNDS: dict[str, _Bound] = {
+    "max_model_len": _AT_LEAST_1,
+    "max_num_seqs": _AT_LEAST_1,
+    "max_num_batched_tokens": _AT_LEAST_1,
+    "kv_cache_gib": _POSITIVE,
+    "gpu_memory_utilization": ("above 0 and at most 1", lambda v: 0 < v <= 1),
+    "tensor_parallel_size": _AT_LEAST_1,
+    "threads": _NOT_NEGATIVE,
+}
+_BOUNDS: dict[str, _Bound] = {
+    "steps": _AT_LEAST_1,
+    "seed": _NOT_NEGATIVE,
+    "data.questions_per_image": _NOT_NEGATIVE,
+    "policy.min_pixels": _AT_LEAST_1,
+    "policy.max_pixels": _AT_LEAST_1,
+    "rollout.num_actors": _AT_LEAST_1,
+    "rollout.temperature": _POSITIVE,
+    "rollout.max_tokens": _AT_LEAST_1,
+    "rollout.max_requests_in_flight_per_actor": _AT_LEAST_1,
+    **{f"rollout.engine.{name}": bound for name, bound in _ENGINE_BOUNDS.items()},
+    "judge.num_actors": _AT_LEAST_1,
+    "judge.permutations": _AT_LEAST_1,
+    "judge.draws": _AT_LEAST_1,
+    "judge.temperature": _POSITIVE,
+    "judge.max_requests_in_flight_per_actor": _AT_LEAST_1,
+    "judge.cache_size": _NOT_NEGATIVE,
+    **{f"judge.engine.{name}": bound for name, bound in _ENGINE_BOUNDS.items()},
+    "reward.length_free": _NOT_NEGATIVE,
+    "reward.quorum": _SHARE,
+    "replay.batch_groups": _AT_LEAST_1,
+    "replay.max_staleness": _NOT_NEGATIVE,
+    "replay.min_group": ("2 or more, because an advantage compares captions", lambda v: v >= 2),
+    "replay.max_attempts": _AT_LEAST_1,
+    "replay.lease_timeout_s": _POSITIVE,
+    "replay.peer_timeout_s": _POSITIVE,
+    "replay.min_reward_spread": _NOT_NEGATIVE,
+    "learner.num_ranks": _AT_LEAST_1,
+    "learner.lr": _POSITIVE,
+    "learner.warmup_steps": _NOT_NEGATIVE,
+    "learner.min_lr_ratio": _SHARE,
+    "learner.betas": ("two numbers in [0, 1)", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v)),
+    "learner.weight_decay": _NOT_NEGATIVE,
+    "learner.grad_norm": _POSITIVE,
+    "learner.updates_per_batch": _AT_LEAST_1,
+    "learner.kl_coef": _NOT_NEGATIVE,
+    "learner.correction.importance_max": (
+        "0 (no truncation) or at least 1: below 1 it would shrink tokens that are not stale at all",
+        lambda v: v == 0 or v >= 1,
+    ),
+    "learner.correction.clip_low": ("in (0, 1]", lambda v: 0 < v <= 1),
+    "learner.correction.clip_high": _POSITIVE,
+    "learner.micro_batch_tokens": _AT_LEAST_1,
+    "learner.logprob_chunk": _AT_LEAST_1,
+    "learner.zero_stage": ("0, 1, 2 or 3", lambda v: 0 <= v <= 3),
+    "learner.threads": _NOT_NEGATIVE,
+    "weights.broadcast_interval": _AT_LEAST_1,
+    "weights.timeout_s": _POSITIVE,
+    "evaluate.interval": _NOT_NEGATIVE,
+    "evaluate.images": _NOT_NEGATIVE,
+    "evaluate.temperature": _NOT_NEGATIVE,
+    "checkpoint.interval": _AT_LEAST_1,
+    "checkpoint.keep": _AT_LEAST_1,
+    "ring.object_store_mb": ("80 or more (Ray's own minimum)", lambda v: v >= 80),
+    "ring.cpus_per_actor": _NOT_NEGATIVE,
+    "ring.gpus_per_rollout": _NOT_NEGATIVE,
+    "ring.gpus_per_judge": _NOT_NEGATIVE,
+    "ring.gpus_per_learner": _NOT_NEGATIVE,
+    "ring.start_timeout_s": _POSITIVE,
+    "observe.samples_per_step": _NOT_NEGATIVE,
+    "observe.gallery_images": _NOT_NEGATIVE,
+}
+
+
+def _ranges(config: Config) -> Iterator[str]:
+    for leaf in conf_help.leaves():
+        value = value_of(config, leaf.key)
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{leaf.key}={value} must be a finite number"
+        elif leaf.key in _BOUNDS and not _BOUNDS[leaf.key][1](value):
+            yield f"{leaf.key}={value} must be {_BOUNDS[leaf.key][0]}"
+    if config.rollout.group_size < 2:
+        yield (
+            f"rollout.group_size={config.rollout.group_size} must be 2 or more: learner.advantage="
+            f"{config.learner.advantage.name} compares the captions of one image with each other"
+        )
+
+
+def _choices(config: Config) -> Iterator[str]:
+    for key, allowed in (
+        ("job", JOBS),
+        ("learner.dtype", LEARNER_DTYPES),
+        ("learner.device", ("cpu", "cuda")),
+        ("rollout.engine.dtype", ENGINE_DTYPES),
+        ("judge.engine.dtype", ENGINE_DTYPES),
+        ("observe.log_level", LOG_LEVELS),
+    ):
+        value = value_of(config, key)
+        if value not in allowed:
+            yield f"{key}={value} is none of {' | '.join(allowed)}"
+
+
+# ---------------------------------------------------------------- keys against each other
+
+
+def _combinations(config: Config) -> Iterator[str]:
+    yield from _device(config)
+    yield from _engine("rollout.engine", config.rollout.engine, config)
+    yield from _engine("judge.engine", config.judge.engine, config)
+    yield from _sampling(config)
+    yield from _queue(config)
+    yield from _judging(config)
+    yield from _heldout(config)
+
+
+def _device(config: Config) -> Iterator[str]:
+    learner, ring = config.learner, config.ring
+    backend = config.weights.backend
+    if learner.device == "cpu" and backend is not WeightBackend.gloo:
+        yield (
+            f"learner.device=cpu with weights.backend={backend.name}: {backend.name} moves GPU memory only; "
+            "use weights.backend=gloo"
+        )
+    if backend is WeightBackend.ipc and learner.num_ranks > 1:
+        yield (
+            f"weights.backend=ipc with learner.num_ranks={learner.num_ranks}: ipc hands over the memory of "
+            "one rank; use weights.backend=nccl"
+        )
+    if learner.device == "cuda":
+        for key in ("gpus_per_rollout", "gpus_per_judge", "gpus_per_learner"):
+            if not getattr(ring, key):
+                yield (
+                    f"learner.device=cuda with ring.{key}=0: Ray hides the GPUs from an actor that "
+                    f"reserves none; set ring.{key} (a fraction shares a GPU)"
+                )
+
+
+def _engine(key: str, engine: EngineConfig, config: Config) -> Iterator[str]:
+    if config.learner.device == "cpu" and engine.block_size is not None and engine.block_size % 32:
+        yield (
+            f"{key}.block_size={engine.block_size} with learner.device=cpu: attention on the CPU takes "
+            "multiples of 32"
+        )
+    if engine.block_size is not None and engine.block_size < 1:
+        yield f"{key}.block_size={engine.block_size} must be 1 or more, or null"
+    if engine.max_num_batched_tokens < engine.max_num_seqs:
+        yield (
+            f"{key}.max_num_batched_tokens={engine.max_num_batched_tokens} is below {key}.max_num_seqs="
+            f"{engine.max_num_seqs}: each running sequence needs one token per step"
+        )
+    if config.learner.device == "cpu" and engine.tensor_parallel_size > 1:
+        yield (
+            f"{key}.tensor_parallel_size={engine.tensor_parallel_size} with learner.device=cpu: "
+            "it counts GPUs"
+        )
+    reserved = "gpus_per_rollout" if key.startswith("rollout") else "gpus_per_judge"
+    gpus = getattr(config.ring, reserved)
+    if config.learner.device == "cuda" and engine.tensor_parallel_size > max(1, gpus):
+        yield (
+            f"{key}.tensor_parallel_size={engine.tensor_parallel_size} with ring.{reserved}={gpus:g}: "
+            "an engine sees only the GPUs that its actor reserves"
+        )
+
+
+def _sampling(config: Config) -> Iterator[str]:
+    rollout, policy, reward = config.rollout, config.policy, config.reward
+    if rollout.max_tokens >= rollout.engine.max_model_len:
+        yield (
+            f"rollout.max_tokens={rollout.max_tokens} with rollout.engine.max_model_len="
+            f"{rollout.engine.max_model_len}: no room is left for the prompt and the image"
+        )
+    if policy.min_pixels > policy.max_pixels:
+        yield f"policy.min_pixels={policy.min_pixels} is above policy.max_pixels={policy.max_pixels}"
+    if reward.length_max <= reward.length_free:
+        yield (
+            f"reward.length_max={reward.length_max} must be above reward.length_free={reward.length_free}: "
+            "the length term falls from one to the other"
+        )
+    if not (reward.accuracy or reward.length or reward.format):
+        yield "reward.accuracy, reward.length and reward.format are all 0: all captions would be equal"
+
+
+def _queue(config: Config) -> Iterator[str]:
+    replay, learner = config.replay, config.learner
+    if replay.min_group > config.rollout.group_size:
+        yield (
+            f"replay.min_group={replay.min_group} is above rollout.group_size={config.rollout.group_size}: "
+            "no group could ever be trained on"
+        )
+    if replay.batch_groups < learner.num_ranks:
+        yield (
+            f"replay.batch_groups={replay.batch_groups} is below learner.num_ranks={learner.num_ranks}: "
+            "a rank would have no group"
+        )
+    if config.weights.broadcast_interval > replay.max_staleness + 1:
+        yield (
+            f"weights.broadcast_interval={config.weights.broadcast_interval} with replay.max_staleness="
+            f"{replay.max_staleness}: the engines' weights would be too old for every batch before the next "
+            "broadcast"
+        )
+
+
+def _judging(config: Config) -> Iterator[str]:
+    prompt = config.judge.prompt
+    letters = config.judge.mode is not JudgeMode.likelihood
+    blocks = [
+        ("caption", prompt.caption, ("{caption}",)),
+        ("question", prompt.question, ("{question}", "{options}") if letters else ("{question}",)),
+        ("option", prompt.option, ("{letter}", "{text}") if letters else ()),
+    ]
+    for name, text, wanted in blocks:
+        for mark in wanted:
+            if mark not in text:
+                yield f"judge.prompt.{name} must hold {mark} (judge.mode={config.judge.mode.name})"
+    if not prompt.abstain.strip():
+        yield "judge.prompt.abstain must be a text: it is an option of every question"
+
+
+def _heldout(config: Config) -> Iterator[str]:
+    data, evaluate = config.data, config.evaluate
+    if data.heldout and data.heldout == data.train:
+        yield f"data.heldout and data.train are the same file, {data.train}: nothing would be held out"
+    if not data.heldout:
+        if evaluate.interval:
+            yield f"evaluate.interval={evaluate.interval} needs data.heldout, which is empty"
+        if evaluate.heldout_judge.model:
+            yield "evaluate.heldout_judge.model needs data.heldout, which is empty"
+    if evaluate.heldout_judge.data and not evaluate.heldout_judge.model:
+        yield "evaluate.heldout_judge.data needs evaluate.heldout_judge.model, which is empty"
+    if evaluate.heldout_judge.model and evaluate.heldout_judge.model == config.judge.model:
+        yield (
+            "evaluate.heldout_judge.model and judge.model are the same folder: a judge that training uses "
+            "is not held out"
+        )

@@ -1,0 +1,120 @@
+"""Checks that the files a conf names are there and are what they should be; nothing large is read.
+
+Part of conf_checks.py, which asks for these problems when the values are right.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from caprl_async.conf_help import value_of
+from caprl_async.config import Config
+
+INPUT_FILES = {"data.train": True, "data.heldout": False, "evaluate.heldout_judge.data": False}
+"""Keys that name a data file, and whether the run needs one."""
+
+INPUT_MODELS = {
+    "policy.model": True,
+    "judge.model": True,
+    "evaluate.heldout_judge.model": False,
+    "evaluate.dense_policy": False,
+}
+"""Keys that name the folder of a checkpoint, and whether the run needs one."""
+
+
+def problems(config: Config) -> Iterator[str]:
+    """A sentence for each file that is missing or wrong."""
+    yield from _files(config)
+    yield from _models(config)
+    yield from _program(config)
+    yield from _resume(config)
+
+
+def _files(config: Config) -> Iterator[str]:
+    for key, needed in INPUT_FILES.items():
+        path = value_of(config, key)
+        if not path and needed:
+            yield f"{key} is empty: the run needs a data file (parquet or jsonl)"
+        elif path and not Path(path).is_file():
+            yield f"{key}={path} is no file"
+        elif path and Path(path).suffix not in (".parquet", ".jsonl"):
+            yield f"{key}={path} is neither .parquet nor .jsonl"
+
+
+def _models(config: Config) -> Iterator[str]:
+    for key, needed in INPUT_MODELS.items():
+        path = value_of(config, key)
+        if not path:
+            if needed:
+                yield f"{key} is empty: the run needs the folder of a checkpoint"
+            continue
+        problem = _model_problem(key, Path(path), config)
+        if problem:
+            yield problem
+
+
+def _model_problem(key: str, folder: Path, config: Config) -> str | None:
+    if not folder.is_dir():
+        return f"{key}={folder} is no folder; name the folder of a Hugging Face checkpoint"
+    if not (folder / "config.json").is_file():
+        return f"{key}={folder} holds no config.json, so it is no Hugging Face checkpoint"
+    if not any(folder.glob("*.safetensors")):
+        return f"{key}={folder} holds no *.safetensors; save the checkpoint in that format"
+    try:
+        architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        return f"{key}={folder}/config.json is not valid json: {error}"
+    captioner = key in ("policy.model", "evaluate.dense_policy")
+    if captioner and "vision_config" not in architecture:
+        return f"{key}={folder} has no vision tower (vision_config); a captioner must see"
+    if not captioner and "vision_config" in architecture:
+        return f"{key}={folder} has a vision tower; a judge must be a text-only model"
+    return _too_long(key, folder, architecture, config)
+
+
+def _too_long(key: str, folder: Path, architecture: dict[str, Any], config: Config) -> str | None:
+    text = architecture.get("text_config", architecture)
+    longest = text.get("max_position_embeddings")
+    if key == "policy.model":
+        engine, length = "rollout.engine", config.rollout.engine.max_model_len
+    elif key == "judge.model":
+        engine, length = "judge.engine", config.judge.engine.max_model_len
+    else:
+        return None
+    if isinstance(longest, int) and length > longest:
+        return f"{engine}.max_model_len={length} is above the {longest} positions of {key}={folder}"
+    return None
+
+
+def _program(config: Config) -> Iterator[str]:
+    text = config.evaluate.program
+    if not text:
+        return
+    module, colon, function = text.partition(":")
+    if not (module and colon and function):
+        yield f"evaluate.program={text} is not of the form module:function"
+        return
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except ImportError as error:
+        yield f"evaluate.program={text}: {error}"
+        return
+    if not callable(found):
+        yield f"evaluate.program={text}: module {module} has no function {function}"
+
+
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether a run folder holds a checkpoint to go on from."""
+    return any((run_dir / "checkpoints").glob("step-*/**/cut.json"))
+
+
+def _resume(config: Config) -> Iterator[str]:
+    if config.resume and not has_checkpoint(Path(config.run_dir)):
+        yield (
+            f"resume=true, but run_dir={config.run_dir} holds no checkpoint; start anew with resume=false "
+            "and another run_dir"
+        )

@@ -1,0 +1,276 @@
+"""Every key of a conf, one dataclass per room; a conf is checked as a whole before anything starts.
+
+Each field's `help` is what `--help` and the README's table print.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def key(default: Any, help: str) -> Any:
+    """A conf key with its explanation; mutable defaults are copied."""
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+class JudgeMode(enum.Enum):
+    expected = "expected"
+    sample = "sample"
+    likelihood = "likelihood"
+
+
+class AdvantageKind(enum.Enum):
+    mean_std = "mean_std"
+    mean = "mean"
+    rloo = "rloo"
+
+
+class Aggregation(enum.Enum):
+    token_mean = "token_mean"
+    sequence_mean = "sequence_mean"
+
+
+class WeightBackend(enum.Enum):
+    gloo = "gloo"
+    nccl = "nccl"
+    ipc = "ipc"
+
+
+class Proximal(enum.Enum):
+    recompute = "recompute"
+    behaviour = "behaviour"
+
+
+@dataclass
+class EngineConfig:
+    """One vLLM engine."""
+
+    max_model_len: int = key(4096, "longest prompt plus answer, tokens")
+    max_num_seqs: int = key(128, "sequences that one engine step may hold")
+    max_num_batched_tokens: int = key(8192, "tokens that one engine step may compute")
+    block_size: int | None = key(None, "tokens per KV block; CPU takes multiples of 32; null: vLLM's default")
+    kv_cache_gib: float = key(1.0, "CPU: memory for keys and values, GiB")
+    gpu_memory_utilization: float = key(0.85, "GPU: share of the memory the engine may take")
+    tensor_parallel_size: int = key(1, "GPUs per engine")
+    dtype: str = key("bfloat16", "weights and activations of the engine")
+    enforce_eager: bool = key(False, "no compilation, no CUDA graphs")
+    in_process: bool = key(False, "run vLLM's core inside the actor (right on CPU), not in a child process")
+    threads: int = key(0, "CPU: threads of torch in this actor; 0: torch decides")
+
+
+@dataclass
+class DataConfig:
+    """Images and their questions."""
+
+    train: str = key("", "training questions: CapRL-QA parquet, or jsonl in the OpenRLHF or verl form")
+    heldout: str = key("", "held-out questions, same forms; empty: no evaluation")
+    prompt: str = key("Please describe this image in detail.", "what the captioner is asked")
+    image_dir: str = key("", "images by content hash are written here; empty: run_dir/images")
+    shuffle: bool = key(True, "a new order each epoch, from the seed")
+    questions_per_image: int = key(0, "questions drawn per group; 0: all of the image's questions")
+
+
+@dataclass
+class PolicyConfig:
+    """The captioner."""
+
+    model: str = key("", "folder of a Hugging Face checkpoint")
+    min_pixels: int = key(4 * 28 * 28, "images are enlarged to at least this; same for engine and learner")
+    max_pixels: int = key(1_000_000, "images are shrunk to at most this; same for engine and learner")
+
+
+@dataclass
+class RolloutConfig:
+    """Actors that caption."""
+
+    num_actors: int = key(1, "rollout actors, one vLLM engine each")
+    group_size: int = key(8, "captions per image (n)")
+    temperature: float = key(1.0, "sampling temperature; top_p stays 1")
+    max_tokens: int = key(1024, "longest caption, tokens")
+    max_requests_in_flight_per_actor: int = key(16, "prompts one actor holds at a time")
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+@dataclass
+class JudgePromptConfig:
+    """What the judge reads; `{caption}`, `{question}`, `{options}` are filled in as data, never as markup."""
+
+    instruction: str = key(
+        "Answer the multiple-choice question strictly from the caption below. Use no outside knowledge. "
+        "If the caption does not contain the answer, choose the option that says so.",
+        "stands first; worked examples may follow in it",
+    )
+    caption: str = key("Caption:\n<<<\n{caption}\n>>>", "the block that holds the caption")
+    question: str = key("Question: {question}\n{options}", "the block after the caption")
+    option: str = key("{letter}) {text}\n", "one option line (not shown in likelihood mode)")
+    prefill: str = key("The answer is", "begins the judge's answer")
+    answer_space: bool = key(True, "the answer's first token begins with a space (BPE vocabularies)")
+    abstain: str = key("Can not answer based on the caption", "text of the option added to every question")
+
+
+@dataclass
+class JudgeConfig:
+    """Actors that answer questions from captions alone."""
+
+    model: str = key("", "folder of a text-only Hugging Face checkpoint")
+    num_actors: int = key(1, "judge actors, one vLLM engine each")
+    mode: JudgeMode = key(JudgeMode.expected, "expected | sample | likelihood")
+    permutations: int = key(1, "option orders per question (expected), gold position balanced")
+    draws: int = key(8, "sampled answers per caption (sample mode; N of the paper)")
+    temperature: float = key(0.6, "of the judge's option distribution or sampling")
+    max_requests_in_flight_per_actor: int = key(4, "caption groups one actor holds at a time")
+    cache_size: int = key(200_000, "verdicts kept by content")
+    prompt: JudgePromptConfig = field(default_factory=JudgePromptConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+@dataclass
+class RewardConfig:
+    """How verdicts, length and format become one reward."""
+
+    accuracy: float = key(1.0, "weight of the mean score over the scored questions")
+    length: float = key(0.0, "weight of the length term (1 up to length_free, then linear to 0)")
+    length_free: int = key(2048, "tokens without length penalty")
+    length_max: int = key(3072, "tokens at which the length term is 0")
+    format: float = key(0.0, "weight of the timestamp-format term (video)")
+    quorum: float = key(0.5, "share of the questions that must be scored for a caption to have a reward")
+
+
+@dataclass
+class ReplayConfig:
+    """The queue: admission, staleness, leases."""
+
+    batch_groups: int = key(128, "groups per learner batch")
+    max_staleness: int = key(2, "oldest token in a batch, in learner steps; 0: synchronous")
+    min_group: int = key(2, "captions with a reward that a group needs")
+    max_attempts: int = key(5, "failed attempts before a prompt is given up")
+    lease_timeout_s: float = key(300.0, "work without an answer is leased again")
+    peer_timeout_s: float = key(30.0, "a peer silent for this long loses its leases")
+    min_reward_spread: float = key(1e-6, "groups whose rewards differ by less are filtered")
+
+
+@dataclass
+class CorrectionConfig:
+    """Off-policy correction and trust region."""
+
+    proximal: Proximal = key(Proximal.recompute, "policy the ratio is clipped around")
+    importance_max: float = key(2.0, "truncation of behaviour-to-proximal weights per token; 0: none")
+    clip_low: float = key(0.2, "PPO clip below 1")
+    clip_high: float = key(0.2, "PPO clip above 1")
+
+
+@dataclass
+class LearnerConfig:
+    """The DeepSpeed learner group."""
+
+    num_ranks: int = key(1, "learner actors")
+    lr: float = key(1e-6, "peak learning rate")
+    warmup_steps: int = key(20, "linear warm-up")
+    min_lr_ratio: float = key(0.1, "floor of the cosine decay, as a share of lr")
+    betas: list[float] = key([0.9, 0.95], "Adam")
+    weight_decay: float = key(0.0, "AdamW")
+    grad_norm: float = key(1.0, "clip of the global gradient norm")
+    advantage: AdvantageKind = key(AdvantageKind.mean_std, "mean_std | mean | rloo")
+    aggregation: Aggregation = key(Aggregation.token_mean, "token_mean | sequence_mean")
+    updates_per_batch: int = key(1, "optimizer steps per batch")
+    kl_coef: float = key(0.0, "weight of the k3 KL to the start policy in the loss; 0: no reference model")
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    micro_batch_tokens: int = key(16384, "tokens (prompt and caption, padded) per micro-batch")
+    logprob_chunk: int = key(1024, "tokens whose vocabulary logits exist at one time")
+    zero_stage: int = key(0, "DeepSpeed ZeRO stage")
+    dtype: str = key("bfloat16", "float32 | bfloat16")
+    freeze_vision: bool = key(False, "train only the language model")
+    gradient_checkpointing: bool = key(False, "recompute activations in backward")
+    device: str = key("cuda", "cpu | cuda")
+    threads: int = key(0, "CPU: threads of torch in each rank; 0: torch decides")
+
+
+@dataclass
+class WeightsConfig:
+    """How the learner's weights reach the engines."""
+
+    backend: WeightBackend = key(
+        WeightBackend.nccl, "gloo (CPU) | nccl | ipc (engines on the learner's GPUs)"
+    )
+    broadcast_interval: int = key(1, "learner steps between broadcasts")
+    timeout_s: float = key(60.0, "a transfer that takes longer has failed")
+
+
+@dataclass
+class HeldoutJudgeConfig:
+    """A second judge that training never meets; it asks its own questions about the held-out images."""
+
+    model: str = key("", "folder of its checkpoint; empty: none")
+    data: str = key("", "held-out questions in its own wording; empty: data.heldout")
+
+
+@dataclass
+class EvaluateConfig:
+    """What is measured on held-out images, and when."""
+
+    interval: int = key(0, "steps between evaluations during training; 0: only before and after")
+    images: int = key(0, "held-out images used; 0: all")
+    temperature: float = key(1.0, "of the captions that are measured")
+    heldout_judge: HeldoutJudgeConfig = field(default_factory=HeldoutJudgeConfig)
+    dense_policy: str = key(
+        "", "checkpoint of a captioner trained on dense captions, for the table; may be empty"
+    )
+    program: str = key("", "module:function(caption, facts) that scores stated facts; may be empty")
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept."""
+
+    interval: int = key(50, "steps between checkpoints; the last step is always kept")
+    keep: int = key(3, "checkpoints kept")
+
+
+@dataclass
+class RingConfig:
+    """Ray: where the actors run."""
+
+    address: str = key("local", "local: start a Ray of our own; auto or host:port: join a cluster")
+    dashboard: bool = key(False, "local: start Ray's dashboard (about 700 MB)")
+    object_store_mb: int = key(128, "local: Ray's shared memory")
+    cpus_per_actor: float = key(0.1, "Ray CPUs each actor reserves")
+    gpus_per_rollout: float = key(0.0, "Ray GPUs per rollout actor")
+    gpus_per_judge: float = key(0.0, "Ray GPUs per judge actor")
+    gpus_per_learner: float = key(0.0, "Ray GPUs per learner rank")
+    start_timeout_s: float = key(600.0, "an actor that is not ready by then has failed")
+
+
+@dataclass
+class ObserveConfig:
+    """What a person sees."""
+
+    samples_per_step: int = key(2, "caption groups written to samples.jsonl at each step")
+    gallery_images: int = key(12, "held-out images shown before and after in report.html")
+    log_level: str = key("WARNING", "of the libraries; our own messages are always shown")
+
+
+@dataclass
+class Config:
+    """A whole conf. `base` (a path, relative to the conf) names a conf that this one extends."""
+
+    job: str = key("train", "what to do: train")
+    run_dir: str = key("runs/run", "everything the job writes is in here")
+    resume: bool = key(False, "go on with the run that run_dir holds")
+    seed: int = key(0, "of everything that draws")
+    steps: int = key(1000, "learner batches")
+    data: DataConfig = field(default_factory=DataConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    ring: RingConfig = field(default_factory=RingConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)

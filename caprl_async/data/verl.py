@@ -1,0 +1,27 @@
+"""Reads verl-style jsonl: CapRL-QA records with an `images` list of paths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from caprl_async.data import caprl_qa, jsonl
+from caprl_async.data.rows import Reject, Row
+
+
+def read(path: Path, abstain: str) -> Iterator[Row | Reject]:
+    """Rows and rejects in the file's order.
+
+    Raises:
+        DataError: the file cannot be read as text.
+    """
+    for number, record in jsonl.lines(path):
+        if isinstance(record, Reject):
+            yield record
+            continue
+        row_id = jsonl.row_id(record, path, number)
+        image = record.get("image") or record.get("images")
+        if image is None and record.get("videos"):
+            yield Reject(row_id, None, "video", "only images can be captioned")
+            continue
+        yield from caprl_qa.read_record({**record, "id": row_id, "image": image}, path.parent, abstain)

@@ -1,0 +1,1 @@
+"""The one wrapper around vLLM, used by rollouts, judges and jobs."""

@@ -1,0 +1,55 @@
+"""What goes into and comes out of an engine; free of vLLM, so that every room can speak of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from caprl_async.types import Finish, ImageRef, VersionSpan
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt for the engine.
+
+    With `logprob_token_ids` set, the completion's `chosen_logprobs` holds the log-probability of each of
+    these tokens at the *first* generated position.
+    """
+
+    prompt_token_ids: tuple[int, ...]  # one placeholder per image, not expanded
+    image: ImageRef | None = None
+    n: int = 1
+    temperature: float = 1.0
+    max_tokens: int = 1
+    min_tokens: int = 0
+    seed: int | None = None
+    logprob_token_ids: tuple[int, ...] = ()
+    want_logprobs: bool = False  # the sampled tokens' own processed log-probabilities
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One of the n answers."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish: Finish
+    spans: tuple[VersionSpan, ...]
+    logprobs: tuple[float, ...] = ()  # per token, if wanted
+    chosen_logprobs: dict[int, float] = field(default_factory=dict)  # token id -> log-probability
+
+
+@dataclass(frozen=True)
+class Response:
+    """All answers to one request."""
+
+    prompt_token_ids: tuple[int, ...]  # image placeholders expanded
+    completions: tuple[Completion, ...]
+    cached_tokens: int  # of the prompt, served from the prefix cache
+
+
+class EngineDied(RuntimeError):
+    """The engine cannot answer any more; the actor that holds it must end."""
+
+
+class RequestFailed(RuntimeError):
+    """This one request cannot be answered (too long, unreadable image); the engine goes on."""

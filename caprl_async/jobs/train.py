@@ -1,0 +1,188 @@
+"""The main job: measures the start, turns the ring for `steps` batches, measures the result, and reports.
+
+Everything it learns on the way is in the run folder: see the README for what each file holds.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from caprl_async import conf
+from caprl_async.algorithm import CapRL, CapRLConfig
+from caprl_async.config import Config
+from caprl_async.observe.metrics import MetricsWriter
+from caprl_async.observe.overlap import overlap_from_ledger
+from caprl_async.observe.progress import Progress
+from caprl_async.observe.report import write_report
+from caprl_async.observe.table import Row, print_table, reference_length, write_result
+from caprl_async.replay.evaluation import EvalSpec
+from caprl_async.ring import cluster
+from caprl_async.ring.errors import RingFailed
+from caprl_async.ring.supervisor import Supervisor
+from caprl_async.types import FOREIGN, Sampling
+
+EXPECTED = (RingFailed, TimeoutError, OSError)
+"""Failures whose message is all that a user needs."""
+
+
+def run(config: Config) -> None:
+    """Trains; resumes if `config.resume`. Whatever happens, no process is left behind.
+
+    Raises:
+        RingFailed: an actor could not go on.
+    """
+    began = time.time()
+    conf.check_machine(config)
+    run_dir = conf.prepare_run_dir(config)
+    console = Console(stderr=True)
+    cluster.connect(config.ring, log_level=config.observe.log_level)
+    CapRL.on_message = staticmethod(lambda text: console.print(text, style="dim", markup=False))
+    algorithm: CapRL | None = None
+    try:
+        algorithm = CapRLConfig().conf(config).build_algo()
+        assert isinstance(algorithm, CapRL)
+        job = _Training(config, run_dir, algorithm, console)
+        job.whole(began)
+    finally:
+        if algorithm is not None:
+            algorithm.stop()
+        cluster.disconnect()
+        if (run_dir / "metrics.jsonl").is_file():
+            write_report(run_dir)
+            console.print(f"report: {run_dir / 'report.html'}", markup=False)
+
+
+class _Training:
+    """One run, from the first evaluation to the last."""
+
+    def __init__(self, config: Config, run_dir: Path, algorithm: CapRL, console: Console) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self.algorithm = algorithm
+        self.ring: Supervisor = algorithm.ring
+        self.console = console
+        self.rows: dict[str, Row] = {}
+        heldout = ("heldout",) if config.evaluate.heldout_judge.model else ()
+        self.judges = ("judge", *heldout)
+
+    def whole(self, began: float) -> None:
+        config = self.config
+        checkpoints = self.run_dir / "checkpoints"
+        if config.resume and (last := latest_checkpoint(checkpoints)):
+            self.console.print(f"going on from {last}", markup=False)
+            self.algorithm.restore_from_path(str(last))
+        measured = bool(config.data.heldout)
+        if measured:
+            self._measure_start()
+        self._train(checkpoints)
+        self.ring.finish()
+        if measured:
+            self.console.print("measuring the result on held-out images")
+            self.rows["trained"] = self._evaluate("trained", "policy")
+        self._write(began)  # what comes now only adds baselines
+        if measured:
+            self._measure_baselines()
+            print_table(self.rows, self.console)
+            self._write(began)
+
+    def _write(self, began: float) -> None:
+        write_result(
+            self.run_dir / "result.json",
+            self.rows,
+            seconds=time.time() - began,
+            steps=self.ring.version.step,
+            staleness_mean=self.ring.status()["staleness_mean"],
+            overlap=overlap_from_ledger(self.run_dir / "ledger.sqlite"),
+        )
+
+    # ------------------------------------------------------------ training
+
+    def _train(self, checkpoints: Path) -> None:
+        config = self.config
+        with MetricsWriter(self.run_dir) as writer, Progress(config.steps, self.console) as progress:
+            while self.ring.version.step < config.steps:
+                self.algorithm.train()
+                metrics = self.algorithm.step_metrics
+                step = self.ring.version.step
+                if config.evaluate.interval and step % config.evaluate.interval == 0:
+                    metrics |= self._evaluate(f"step-{step:06d}", "policy").flat()
+                writer.write(step, metrics)
+                progress.show(step, metrics)
+                if step % config.checkpoint.interval == 0 or step == config.steps:
+                    self._save(checkpoints, step)
+
+    def _save(self, checkpoints: Path, step: int) -> None:
+        """Writes beside and renames, so that a folder with a final name is a whole checkpoint."""
+        partial, final = checkpoints / f".partial-{step:06d}", checkpoints / f"step-{step:06d}"
+        shutil.rmtree(partial, ignore_errors=True)
+        self.algorithm.save_to_path(str(partial.resolve()))
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in sorted(checkpoints.glob("step-*"))[: -self.config.checkpoint.keep]:
+            shutil.rmtree(old)
+        link = self.run_dir / "model"
+        link.unlink(missing_ok=True)
+        link.symlink_to((final / "learner_group" / "hf").relative_to(self.run_dir))
+
+    # ------------------------------------------------------------ evaluation
+
+    def _measure_start(self) -> None:
+        self.console.print("measuring the start on held-out images")
+        if self.ring.version.step == 0:
+            self.rows["start"] = self._evaluate("start", "policy")
+        if self.ring.has_references():
+            self.rows["ceiling"] = self._evaluate("ceiling", "reference")
+        self.rows["blind"] = self._evaluate("blind", "blind")
+
+    def _measure_baselines(self) -> None:
+        self.ring.show_weights_of(self.config.policy.model)
+        if "start" not in self.rows:  # this run was resumed
+            self.rows["start"] = self._evaluate("start", "policy", foreign=True)
+        length = min(math.ceil(self.rows["trained"].length or 0.0), self.config.rollout.max_tokens)
+        self.rows["forced"] = self._evaluate("forced", "policy", min_tokens=length, foreign=True)
+        if self.config.evaluate.dense_policy:
+            self.ring.show_weights_of(self.config.evaluate.dense_policy)
+            self.rows["dense"] = self._evaluate("dense", "policy", foreign=True)
+        self.ring.show_weights_of(None)
+
+    def _evaluate(
+        self,
+        name: str,
+        source: Literal["policy", "reference", "blind"],
+        *,
+        min_tokens: int = 0,
+        foreign: bool = False,
+    ) -> Row:
+        config = self.config
+        sampling = Sampling(
+            n=1,
+            temperature=config.evaluate.temperature,
+            max_tokens=config.rollout.max_tokens,
+            min_tokens=min_tokens,
+            seed=config.seed,
+        )
+        result = self.ring.evaluate(
+            EvalSpec(
+                name=name,
+                source=source,
+                images=config.evaluate.images,
+                sampling=sampling if source == "policy" else None,
+                version=FOREIGN if foreign else None,
+                judges=self.judges,
+            )
+        )
+        length = None
+        if source == "reference":
+            length = reference_length(self.run_dir / "evals" / f"{name}.jsonl", config.policy.model)
+        return Row.of(result, length=length)
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a run's `checkpoints` folder."""
+    return max(folder.glob("step-*"), default=None)

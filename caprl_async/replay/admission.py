@@ -1,0 +1,26 @@
+"""How many prompts may be on their way, and which rollout may caption one; pure functions of the queue."""
+
+from __future__ import annotations
+
+from caprl_async.replay.staleness import fresh
+from caprl_async.types import Version
+
+
+def capacity(*, max_staleness: int, steps: int, batch_groups: int, taken: int, outstanding: int) -> int:
+    """New prompts to admit: (max_staleness + steps + 1) * batch_groups - (taken + outstanding).
+
+    Within this bound (AReaL, arXiv 2505.24298) what is sampled now is trained on no later than
+    `max_staleness` steps from now. With `max_staleness` 0 it is exactly the batch that is being collected.
+
+    Args:
+        steps: learner steps done, counted from where this run (or epoch) began.
+        taken: groups in the batches of these steps and in one that is cut and not yet trained on.
+        outstanding: prompts admitted and neither taken nor evicted. An evicted prompt gives its place back,
+            which is the refill.
+    """
+    return (max_staleness + steps + 1) * batch_groups - taken - outstanding
+
+
+def may_caption(engine: Version | None, learner: Version, max_staleness: int) -> bool:
+    """True if captions begun now under `engine`'s weights could enter the learner's next batch."""
+    return engine is not None and fresh(engine, learner, max_staleness)

@@ -1,0 +1,146 @@
+"""Takes peers' messages in and hands work out: the part of the hub between the socket and the flows."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from caprl_async.config import ReplayConfig
+from caprl_async.replay.leases import Held, Leases, PeerState
+from caprl_async.replay.transport import encode
+from caprl_async.replay.work import GenerateWork, JudgeWork, Work, WorkOwner, wrong_group, wrong_verdicts
+from caprl_async.types import (
+    Ack,
+    Credit,
+    Generated,
+    GenerateLease,
+    Hello,
+    Judged,
+    JudgeLease,
+    PeerMessage,
+    Revoke,
+    Role,
+)
+
+_SMALL_EVAL = 32
+"""Evaluation work that does not wait behind training; more of it takes turns with training."""
+
+Outgoing = tuple[bytes, bytes]  # identity, encoded message
+
+
+class Dispatch:
+    """Leases work of several owners to peers; pure but for the owners. `outbox` is what is to be sent.
+
+    Acknowledgements are kept back in `acks` until the ledger is durable.
+    """
+
+    def __init__(self, config: ReplayConfig, on_error: Callable[[str, str], None]) -> None:
+        self.leases = Leases(config.lease_timeout_s, config.peer_timeout_s)
+        self.outbox: deque[Outgoing] = deque()
+        self.acks: list[Outgoing] = []
+        self.unexpected = 0  # messages of peers that had not said Hello
+        self._on_error = on_error
+        self._training_first = False
+
+    def take(self, identity: bytes, message: PeerMessage, now: float) -> None:
+        """One message of a rollout or judge."""
+        if isinstance(message, Hello):
+            for lost in self.leases.hello(identity, message, now):
+                self._lose(lost, f"{message.name} has started afresh", now)
+            return
+        peer = self.leases.heard(identity, now)
+        if peer is None:
+            self.unexpected += 1  # its next Hello is under way
+        elif isinstance(message, Credit):
+            peer.credit(message)
+        elif isinstance(message, Generated | Judged):
+            self.acks.append((identity, encode(Ack(lease=message.lease))))
+            held = self.leases.answered(peer, message.lease)
+            if held is not None:
+                self._answer(held.work, message, now)
+
+    def _answer(self, work: Work, message: Generated | Judged, now: float) -> None:
+        if message.failure is not None:
+            work.owner.failed(work, message.failure, now)
+        elif isinstance(work, GenerateWork) and isinstance(message, Generated) and message.group:
+            wrong = wrong_group(work.prompt, message.group)
+            if wrong:
+                work.owner.failed(work, wrong, now)
+            else:
+                work.owner.generated(work, message.group, now)
+        elif isinstance(work, JudgeWork) and isinstance(message, Judged) and message.verdicts is not None:
+            wrong = wrong_verdicts(work, message.verdicts)
+            if wrong:
+                work.owner.failed(work, wrong, now)
+            else:
+                work.owner.judged(work, message.verdicts, now)
+        else:
+            work.owner.failed(work, "an answer of the wrong kind or without content", now)
+
+    def expire(self, now: float) -> None:
+        """Takes back what has waited too long or lies with a silent peer."""
+        for held, why in self.leases.lost(now):
+            self._revoke(held)
+            self._lose(held, why, now)
+
+    def revoke(self, unwanted: Callable[[Work], bool]) -> None:
+        """Takes back work that nobody wants any more; its owner hears nothing."""
+        for held in self.leases.revoke(unwanted):
+            self._revoke(held)
+
+    def _revoke(self, held: Held) -> None:
+        peer = self.leases.peers[held.peer]
+        self.outbox.append((peer.identity, encode(Revoke(lease=held.number))))
+
+    def _lose(self, held: Held, why: str, now: float) -> None:
+        held.work.owner.failed(held.work, why, now, lost=True)
+
+    def hand_out(self, evaluations: Iterable[tuple[WorkOwner, int]], training: WorkOwner, now: float) -> None:
+        """Leases whatever peers can take now. `evaluations`: each with its amount of waiting work."""
+        runs = list(evaluations)
+        refused: set[str] = set()
+        while True:
+            givable = [peer for peer in self.leases.givable() if peer.hello.name not in refused]
+            if not givable:
+                return
+            peer = givable[0]
+            work = self._work_for(peer, runs, training, now)
+            if work is None:
+                refused.add(peer.hello.name)
+                continue
+            number = self.leases.grant(peer, work, now)
+            self.outbox.append((peer.identity, encode(_message(number, work))))
+
+    def _work_for(
+        self, peer: PeerState, runs: list[tuple[WorkOwner, int]], training: WorkOwner, now: float
+    ) -> Work | None:
+        owners = [owner for owner, _ in runs]
+        if sum(waiting for _, waiting in runs) > _SMALL_EVAL and self._training_first:
+            owners = [training, *owners]
+        else:
+            owners = [*owners, training]
+        self._training_first = not self._training_first
+        for owner in owners:
+            work: Work | None
+            if peer.hello.role is Role.ROLLOUT:
+                work = owner.next_generate(peer.hello.name, peer.version, now)
+            elif peer.hello.role is Role.JUDGE:
+                work = owner.next_judge(peer.hello.name, peer.hello.serves, now)
+            else:
+                return None
+            if work is not None:
+                return work
+        return None
+
+
+def _message(number: int, work: Work) -> Any:
+    if isinstance(work, GenerateWork):
+        return GenerateLease(lease=number, prompt=work.prompt)
+    return JudgeLease(
+        lease=number,
+        key=work.key,
+        captions=work.captions,
+        questions=work.questions,
+        rotation=work.rotation,
+    )

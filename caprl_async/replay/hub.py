@@ -1,0 +1,312 @@
+"""The hub of the ring: one event loop that owns every prompt, leases work to peers and cuts batches.
+
+`ReplayQueue` is made a Ray actor by the supervisor. Its methods are the control plane (small, plain values);
+prompts, captions, verdicts and batches come and go over the socket alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections import Counter, deque
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+from caprl_async.config import Config
+from caprl_async.data.images import BadImage, ImageStore
+from caprl_async.data.load import load_rows
+from caprl_async.data.rows import Dataset, Row
+from caprl_async.data.sampler import PromptSampler
+from caprl_async.replay.dispatch import Dispatch
+from caprl_async.replay.evaluation import EvalError, EvalResult, EvalRun, EvalSpec
+from caprl_async.replay.flow import Cut, Prepared, TrainFlow
+from caprl_async.replay.ledger import Event, Ledger, LedgerError
+from caprl_async.replay.samples import append_samples
+from caprl_async.replay.status import Rates, status
+from caprl_async.replay.transport import HubAddress, HubSocket, encode
+from caprl_async.types import BatchReply, BatchRequest, PeerMessage, Version
+
+_TICK_S = 0.02  # commits, acknowledgements, time-outs
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
+
+
+class HubFailed(RuntimeError):
+    """The hub's own machinery has stopped; nothing will move any more."""
+
+
+class ReplayQueue:
+    """See the module; one instance per ring.
+
+    Raises:
+        DataError: the training data cannot be used.
+        LedgerError: `run_dir` holds another run's ledger and `resume` is off.
+    """
+
+    def __init__(self, config: Config, run_dir: str) -> None:
+        self._config = config
+        self._run_dir = Path(run_dir)
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        self._abstain = config.judge.prompt.abstain
+        self._train = load_rows(config.data.train, self._abstain)
+        self._train.write_rejects(self._run_dir / "rejects.jsonl")
+        self._sampler = PromptSampler(self._train, config.seed, config.data.shuffle)
+        self._images = ImageStore(config.data.image_dir or self._run_dir / "images")
+        self._ledger = Ledger(self._run_dir / "ledger.sqlite")
+        self._inherited = self._ledger.position > 0
+        if self._inherited and not config.resume:
+            raise LedgerError(
+                f"{self._ledger.path} holds another run; go on with it by resume=true or take another run_dir"
+            )
+        self._errors: deque[dict[str, Any]] = deque(maxlen=20)
+        self._error_counts: Counter[str] = Counter()
+        self._flow = TrainFlow(config, self._ledger, self._on_error)
+        self._flow.cut_listener = self._on_cut
+        self._dispatch = Dispatch(config.replay, self._on_error)
+        self._socket = HubSocket()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._failure: BaseException | None = None
+        self._learners: dict[bytes, Version] = {}  # who waits for which batch
+        self._evals: dict[str, tuple[EvalRun, asyncio.Event]] = {}
+        self._eval_data: dict[str, Dataset] = {}
+        self._rates = Rates()
+
+    # ------------------------------------------------------------ life
+
+    async def start(self, bind_host: str = "127.0.0.1") -> HubAddress:
+        """Begins to listen; "auto" binds this node's address. The result is secret."""
+        address = self._socket.start(bind_host)
+        for loop in (self._receive(), self._tick(), self._prepare()):
+            task = asyncio.create_task(self._guard(loop))
+            self._tasks.append(task)
+        return address
+
+    async def stop(self) -> None:
+        """Closes the socket and the ledger; may be called twice."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+            self._tasks = []
+            self._ledger.close()
+        self._socket.close()
+
+    async def open_admission(self) -> None:
+        """Lets prompts flow. A resumed run without a checkpoint begins at the beginning."""
+        self._check()
+        if self._inherited:
+            self._ledger.roll_back(0, self._flow.version)
+            self._inherited = False
+        self._flow.is_open = True
+        await self._pump()
+
+    async def pause_admission(self) -> None:
+        """No prompt is leased to rollouts any more; what is under way goes on."""
+        self._check()
+        self._flow.is_open = False
+
+    async def finish(self) -> None:
+        """Training is over: whoever asks for a batch hears so, and what is under way is let go."""
+        self._check()
+        self._flow.finished = True
+        self._dispatch.revoke(lambda work: work.owner is self._flow)
+        await self._pump()
+
+    async def _guard(self, loop: Coroutine[Any, Any, None]) -> None:
+        try:
+            await loop
+        except Exception as error:
+            self._failure = error
+            for _, done in self._evals.values():
+                done.set()
+            raise
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise HubFailed(f"the replay queue has stopped: {self._failure!r}") from self._failure
+
+    # ------------------------------------------------------------ loops
+
+    async def _receive(self) -> None:
+        while True:
+            identity, message = await self._socket.receive()
+            self._take(identity, message)
+            await self._pump()
+
+    def _take(self, identity: bytes, message: PeerMessage) -> None:
+        now = time.time()
+        if not isinstance(message, BatchRequest):
+            self._dispatch.take(identity, message, now)
+            return
+        self._dispatch.leases.heard(identity, now)
+        try:
+            self._flow.advance(message.version)
+        except LedgerError as error:
+            self._on_error("learner", str(error))
+            return
+        self._learners[identity] = message.version
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            self._ledger.commit()
+            acks, self._dispatch.acks = self._dispatch.acks, []
+            for identity, data in acks:
+                await self._socket.send(identity, data)
+            now = time.time()
+            self._dispatch.expire(now)
+            self._rates.tick(now, self._flow.captions_sampled)
+            await self._pump()
+
+    async def _prepare(self) -> None:
+        """Puts the images of the next prompts into the store, ahead of their admission."""
+        while True:
+            if not self._flow.wants_prepared:
+                await asyncio.sleep(_TICK_S)
+                continue
+            index = self._flow.next_wanted
+            prepared = await asyncio.to_thread(self._put, index, self._sampler.row_at(index))
+            self._flow.offer(prepared)
+            await self._pump()
+
+    def _put(self, index: int, row: Row) -> Prepared:
+        try:
+            return Prepared(index, row, self._images.put(row.image))
+        except BadImage as error:
+            return Prepared(index, row, None, str(error))
+
+    async def _pump(self) -> None:
+        """Hands out work, answers learners, ends evaluations; called whenever something has changed."""
+        now = time.time()
+        runs = [run for run, _ in self._evals.values()]
+        self._dispatch.hand_out([(run, run.waiting) for run in runs], self._flow, now)
+        outbox = self._dispatch.outbox
+        while outbox:
+            await self._socket.send(*outbox.popleft())
+        for identity in list(self._learners):
+            # Sending lets other tasks in, which may have answered in the meantime.
+            version = self._learners.get(identity)
+            data = self._batch_reply(version, now) if version is not None else None
+            if data is not None:
+                del self._learners[identity]
+                await self._socket.send(identity, data)
+        for run, done in self._evals.values():
+            if run.done:
+                done.set()
+
+    def _batch_reply(self, version: Version, now: float) -> bytes | None:
+        if self._flow.finished:
+            return encode(BatchReply(batch=None))
+        cut = self._flow.cut(version, now)
+        return cut.reply if cut is not None else None
+
+    def _on_cut(self, cut: Cut) -> None:
+        append_samples(self._run_dir / "samples.jsonl", cut, self._config.observe.samples_per_step)
+
+    def _on_error(self, source: str, text: str) -> None:
+        self._errors.append({"time": time.time(), "source": source, "error": text})
+        self._error_counts[source.partition("/")[0]] += 1
+
+    # ------------------------------------------------------------ training
+
+    async def trained(self, version: Version, started: float, finished: float) -> None:
+        """The learner has reached `version`, in a step between these times."""
+        self._check()
+        self._flow.advance(version)
+        self._ledger.record_run(Event.STEP, version, started=started, finished=finished)
+        await self._pump()
+
+    async def step_metrics(self, version: Version) -> dict[str, float]:
+        """Measures of the batch cut at `version` (see replay/metrics.py), flat."""
+        self._check()
+        return {
+            **self._flow.metrics(version),
+            "captions_sampled": float(self._flow.captions_sampled),
+            "captions_trained": float(self._flow.captions_trained),
+        }
+
+    async def status(self) -> dict[str, Any]:
+        """What happens now, in plain values; `metrics` are flat numbers for a chart."""
+        self._check()
+        return {
+            **status(self._flow, self._dispatch, self._ledger, self._rates),
+            "evaluations": {name: run.waiting for name, (run, _) in self._evals.items()},
+            "messages": {"dropped": self._socket.dropped, "refused": self._socket.refused},
+            "errors": list(self._errors),
+            "error_counts": dict(self._error_counts),
+            "rejects": self._train.reject_counts,
+        }
+
+    async def audit(self) -> dict[str, Any]:
+        """Reads the ledger afresh; see `ledger.audit_rows`."""
+        return self._ledger.audit(self._config.replay.max_staleness)
+
+    async def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the queue, plain; call it between two learner steps."""
+        self._check()
+        return self._flow.state()
+
+    async def restore(self, state: dict[str, Any], version: Version) -> None:
+        """Goes back to a `state`; `version` begins a new epoch. What was under way then is issued again.
+
+        Raises:
+            LedgerError: the ledger in run_dir does not hold what the checkpoint says.
+        """
+        self._check()
+        self._dispatch.revoke(lambda work: work.owner is self._flow)
+        self._learners.clear()
+        indices = [index for index, _ in state["outstanding"]]
+        again = await asyncio.to_thread(lambda: [self._put(i, self._sampler.row_at(i)) for i in indices])
+        self._flow.restore(state, version, again)
+        self._rates = Rates()
+        self._inherited = False
+        await self._pump()
+
+    # ------------------------------------------------------------ evaluation
+
+    async def evaluate(self, spec: EvalSpec) -> EvalResult:
+        """Measures captions of held-out images; writes run_dir/evals/<name>.jsonl. Training goes on.
+
+        Raises:
+            EvalError: it cannot be done as asked.
+            DataError: a file of questions cannot be used.
+        """
+        self._check()
+        if not _NAME.fullmatch(spec.name) or spec.name in self._evals:
+            raise EvalError(f"evaluation name {spec.name!r} is running or is no plain file name")
+        questions = {judge: await self._questions_of(judge) for judge in spec.judges}
+        rows = (await self._questions_of("judge")).rows
+        rows = rows[: spec.images] if spec.images else rows
+        prepared = await asyncio.to_thread(lambda: [self._put(i, row) for i, row in enumerate(rows)])
+        run, done = EvalRun(spec, self._config, prepared, questions, self._on_error), asyncio.Event()
+        self._evals[spec.name] = (run, done)
+        try:
+            await self._pump()
+            await done.wait()
+            self._check()
+        finally:
+            del self._evals[spec.name]
+            self._dispatch.revoke(lambda work: work.owner is run)
+        await asyncio.to_thread(run.write, self._run_dir / "evals" / f"{spec.name}.jsonl")
+        return run.result()
+
+    async def references(self) -> int:
+        """How many held-out rows come with a reference caption."""
+        rows = (await self._questions_of("judge")).rows
+        return sum(row.reference_caption is not None for row in rows)
+
+    async def _questions_of(self, judge: str) -> Dataset:
+        data, heldout = self._config.data, self._config.evaluate.heldout_judge
+        if judge == "heldout" and not heldout.model:
+            raise EvalError("there is no held-out judge: set evaluate.heldout_judge.model")
+        if judge not in ("judge", "heldout"):
+            raise EvalError(f"no judge is called {judge!r}; there are 'judge' and 'heldout'")
+        path = heldout.data if judge == "heldout" and heldout.data else data.heldout
+        if not path:
+            raise EvalError("there are no held-out questions: set data.heldout")
+        if path not in self._eval_data:
+            dataset = await asyncio.to_thread(load_rows, path, self._abstain)
+            dataset.write_rejects(self._run_dir / "rejects.jsonl")
+            self._eval_data[path] = dataset
+        return self._eval_data[path]

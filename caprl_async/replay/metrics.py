@@ -1,0 +1,47 @@
+"""What is measured of a batch when it is cut; pure functions of the queue."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import fmean, pstdev
+
+from caprl_async.replay.staleness import token_staleness
+from caprl_async.types import Finish, Outcome, ScoredGroup, Version
+
+
+def batch_metrics(groups: Sequence[ScoredGroup], version: Version) -> dict[str, float]:
+    """Means over the captions (or verdicts, or tokens) of a batch cut at `version`; lengths in tokens."""
+    captions = [caption for scored in groups for caption in scored.group.captions]
+    rewards = [parts for scored in groups for parts in scored.rewards]
+    verdicts = [verdict for scored in groups for row in scored.verdicts for verdict in row]
+    scored_verdicts = [verdict for verdict in verdicts if verdict.outcome is Outcome.SCORED]
+    totals = [parts.total for parts in rewards if parts.total is not None]
+    ages = token_staleness(groups, version)
+    mixed = [len({span.version for span in caption.spans}) > 1 for caption in captions]
+    return {
+        "reward_mean": mean(totals),
+        "reward_std": pstdev(totals) if totals else 0.0,
+        "accuracy_mean": mean(parts.accuracy for parts in rewards if parts.accuracy is not None),
+        "reward_length_mean": mean(parts.length for parts in rewards),
+        "reward_format_mean": mean(parts.format for parts in rewards),
+        "caption_length_mean": mean(len(caption.token_ids) for caption in captions),
+        "truncated_share": mean(caption.finish is Finish.LENGTH for caption in captions),
+        "staleness_mean": mean_of_histogram(ages),
+        "staleness_max": float(max(ages, default=0)),
+        "mixed_version_share": mean(mixed),
+        "abstain_share": mean(v.abstained for v in scored_verdicts if v.abstained is not None),
+        "off_options_mean": mean(v.off_options for v in scored_verdicts if v.off_options is not None),
+        "unscorable_verdicts": float(sum(v.outcome is Outcome.UNSCORABLE for v in verdicts)),
+    }
+
+
+def mean(values: Iterable[float]) -> float:
+    """Arithmetic mean; 0 of nothing."""
+    listed = list(values)
+    return fmean(listed) if listed else 0.0
+
+
+def mean_of_histogram(histogram: dict[int, int]) -> float:
+    """Mean of value -> count; 0 of nothing."""
+    total = sum(histogram.values())
+    return sum(value * count for value, count in histogram.items()) / total if total else 0.0

@@ -1,0 +1,149 @@
+"""ZeroMQ between the hub and its peers: authenticated, encrypted, typed; the data plane of the ring.
+
+The hub binds one ROUTER socket, every peer connects one DEALER. CURVE is always on: the hub makes both key
+pairs, and who holds the `HubAddress` (handed out over Ray only) may connect. Messages are msgpack of the
+tagged unions in `types`; what does not decode is counted and dropped.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+from zmq.auth.asyncio import AsyncioAuthenticator
+
+from caprl_async.types import HubMessage, PeerMessage
+
+_ENCODER = msgspec.msgpack.Encoder()
+_PEER = msgspec.msgpack.Decoder(PeerMessage)
+_HUB = msgspec.msgpack.Decoder(HubMessage)
+_LOOPBACK = "127.0.0.1"
+
+
+class HubAddress(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the hub listens and what a peer needs to be let in. Secret: never logged."""
+
+    endpoint: str
+    server_key: bytes  # the hub's public key
+    client_key: bytes  # the peers' shared key pair
+    client_secret: bytes
+
+    def __repr__(self) -> str:
+        return f"HubAddress({self.endpoint}, keys not shown)"
+
+
+def encode(message: Any) -> bytes:
+    """Any message or value of `types` as msgpack."""
+    return _ENCODER.encode(message)
+
+
+def decode_peer(data: bytes) -> PeerMessage | None:
+    """A message to the hub; None if it is none."""
+    return _decode(_PEER, data)
+
+
+def decode_hub(data: bytes) -> HubMessage | None:
+    """A message from the hub; None if it is none."""
+    return _decode(_HUB, data)
+
+
+def _decode(decoder: Any, data: bytes) -> Any:
+    try:
+        return decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+class HubSocket:
+    """The hub's end. Single event loop; `start` before use."""
+
+    def __init__(self) -> None:
+        self.dropped = 0  # messages that could not be decoded
+        self.refused = 0  # connections with a wrong key
+        self._context = zmq.asyncio.Context()
+        self._client_key, self._client_secret = zmq.curve_keypair()
+        self._authenticator: AsyncioAuthenticator | None = None
+        self._socket: zmq.asyncio.Socket | None = None
+
+    def start(self, host: str) -> HubAddress:
+        """Binds a free port of `host` ("auto": this node's address; default loopback)."""
+        self._authenticator = AsyncioAuthenticator(self._context)
+        self._authenticator.start()
+        self._authenticator.configure_curve_callback(domain="*", credentials_provider=self)
+        public, secret = zmq.curve_keypair()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.curve_server = True
+        self._socket.curve_publickey = public
+        self._socket.curve_secretkey = secret
+        self._socket.router_handover = True  # a peer that reconnects keeps its name
+        self._socket.linger = 0
+        self._socket.sndhwm = self._socket.rcvhwm = 0  # bounded by credit, and ROUTER would drop silently
+        host = _node_address() if host == "auto" else host
+        port = self._socket.bind_to_random_port(f"tcp://{host}")
+        return HubAddress(
+            endpoint=f"tcp://{host}:{port}",
+            server_key=public,
+            client_key=self._client_key,
+            client_secret=self._client_secret,
+        )
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Asked by the authenticator for every connection: `key` is the client's public key (z85)."""
+        allowed = key == self._client_key
+        self.refused += not allowed
+        return allowed
+
+    async def receive(self) -> tuple[bytes, PeerMessage]:
+        """The next good message and who sent it."""
+        assert self._socket is not None
+        while True:
+            frames = await self._socket.recv_multipart()
+            message = decode_peer(frames[1]) if len(frames) == 2 else None
+            if message is not None:
+                return frames[0], message
+            self.dropped += 1
+
+    async def send(self, identity: bytes, data: bytes) -> None:
+        """Sends encoded bytes; a peer that is gone gets nothing, its leases run out instead."""
+        assert self._socket is not None
+        await self._socket.send_multipart([identity, data])
+
+    def close(self) -> None:
+        """Closes everything; may be called twice."""
+        if self._authenticator is not None:
+            self._authenticator.stop()
+            self._authenticator = None
+        if self._socket is not None:
+            self._socket.close(linger=0)
+            self._socket = None
+        self._context.destroy(linger=0)
+
+
+def connect(context: zmq.Context[Any], address: HubAddress, identity: str) -> Any:
+    """A DEALER socket of `context` (blocking or asyncio), connected to the hub."""
+    dealer = context.socket(zmq.DEALER)
+    dealer.setsockopt(zmq.IDENTITY, identity.encode())
+    dealer.curve_serverkey = address.server_key
+    dealer.curve_publickey = address.client_key
+    dealer.curve_secretkey = address.client_secret
+    dealer.linger = 0
+    dealer.reconnect_ivl_max = 2000  # milliseconds
+    dealer.connect(address.endpoint)
+    return dealer
+
+
+def _node_address() -> str:
+    """This node's address as Ray knows it; without Ray, that of the route outwards."""
+    try:
+        import ray
+
+        if ray.is_initialized():
+            return str(ray.util.get_node_ip_address())
+    except ImportError:
+        return _LOOPBACK
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing: only asks for the route
+        return str(probe.getsockname()[0])

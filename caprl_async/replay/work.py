@@ -1,0 +1,109 @@
+"""What can be leased, and what whoever wants it done must answer; between the flows and the leases."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
+
+from caprl_async.types import CaptionGroup, Outcome, Prompt, Purpose, Question, Verdict, Version
+
+Verdicts: TypeAlias = tuple[tuple[Verdict, ...], ...]
+"""[caption][question]."""
+
+
+@dataclass(frozen=True)
+class GenerateWork:
+    """Caption one prompt."""
+
+    owner: WorkOwner = field(repr=False)
+    prompt: Prompt
+    engine: Version | None  # weights of the engine that it was given to, at that time
+
+    @property
+    def key(self) -> str:
+        return self.prompt.key
+
+    @property
+    def attempt(self) -> int:
+        return self.prompt.attempt
+
+
+@dataclass(frozen=True)
+class JudgeWork:
+    """Answer all questions about all captions of one group."""
+
+    owner: WorkOwner = field(repr=False)
+    key: str
+    attempt: int
+    captions: tuple[str, ...]
+    questions: tuple[Question, ...]
+    rotation: int
+    serves: str  # which judges
+
+
+Work: TypeAlias = GenerateWork | JudgeWork
+
+
+class WorkOwner(Protocol):
+    """Who makes work and takes its results: training, or one evaluation.
+
+    For each piece of work taken by `next_*` exactly one of `generated`, `judged` and `failed` is called.
+    """
+
+    def next_generate(self, peer: str, engine: Version | None, now: float) -> GenerateWork | None:
+        """Work for a rollout whose engine has these weights."""
+
+    def next_judge(self, peer: str, serves: str, now: float) -> JudgeWork | None:
+        """Work for a judge that serves these questions."""
+
+    def generated(self, work: GenerateWork, group: CaptionGroup, now: float) -> None:
+        """The captions, checked against the prompt."""
+
+    def judged(self, work: JudgeWork, verdicts: Verdicts, now: float) -> None:
+        """The verdicts, checked against captions and questions."""
+
+    def failed(self, work: Work, reason: str, now: float, *, lost: bool = False) -> None:
+        """The peer failed or answered nonsense; `lost`: it died, fell silent or took too long."""
+
+
+def wrong_group(prompt: Prompt, group: CaptionGroup) -> str | None:
+    """What in an answer does not fit its prompt; None if all is well. Text and numbers are not judged."""
+    if (group.key, group.attempt) != (prompt.key, prompt.attempt):
+        return f"captions of {group.key}, attempt {group.attempt}, for {prompt.key}, attempt {prompt.attempt}"
+    if group.image_sha256 != prompt.image.sha256:
+        return f"captions of image {group.image_sha256[:12]} for image {prompt.image.sha256[:12]}"
+    if len(group.captions) != prompt.sampling.n:
+        return f"{len(group.captions)} captions, asked for {prompt.sampling.n}"
+    for caption in group.captions:
+        length = len(caption.token_ids)
+        unneeded = prompt.purpose is Purpose.EVAL and not caption.logprobs
+        if not length or (len(caption.logprobs) != length and not unneeded):
+            return f"a caption has {length} tokens and {len(caption.logprobs)} log-probabilities"
+        edges = [0, *(span.end for span in caption.spans)]
+        if (
+            [span.start for span in caption.spans] != edges[:-1]
+            or edges[-1] != length
+            or sorted(edges) != edges
+        ):
+            return f"version spans do not cover the {length} tokens of a caption"
+    return None
+
+
+def wrong_verdicts(work: JudgeWork, verdicts: Verdicts) -> str | None:
+    """What in an answer does not fit its captions and questions; None if all is well."""
+    if len(verdicts) != len(work.captions):
+        return f"verdicts on {len(verdicts)} captions, asked for {len(work.captions)}"
+    asked = [question.question_id for question in work.questions]
+    for row in verdicts:
+        if [verdict.question_id for verdict in row] != asked:
+            return "verdicts are not on the questions that were asked, in their order"
+        for verdict in row:
+            known = verdict.score is not None and 0.0 <= verdict.score <= 1.0 + 1e-6
+            if verdict.outcome is Outcome.SCORED and not known:
+                return f"a scored verdict with score {verdict.score}"
+    return None
+
+
+def judge_down(verdicts: Verdicts) -> bool:
+    """True if any verdict could not be had: the whole group is judged again."""
+    return any(verdict.outcome is Outcome.JUDGE_DOWN for row in verdicts for verdict in row)

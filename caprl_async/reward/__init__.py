@@ -1,0 +1,1 @@
+"""From verdicts, length and format to one reward; pure functions."""

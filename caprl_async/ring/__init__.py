@@ -1,0 +1,1 @@
+"""Places, watches and restarts every actor of the ring; knows no loss and no format."""

@@ -1,0 +1,114 @@
+"""Which actors a ring has, where they are placed and how Ray treats their deaths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, get_current_placement_group, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from caprl_async.config import Config
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+HUB = "replay-queue"
+
+
+@dataclass(frozen=True)
+class ActorSpec:
+    """One actor: its name in the ring and on the dashboard, and what it reserves."""
+
+    name: str
+    bundle: int  # index into the placement group
+    cpus: float
+    gpus: float
+    restarts: bool  # Ray starts it again; otherwise its death ends the attempt of the whole ring
+    concurrency: int  # control calls it may run at one time
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """The placement bundle of this actor."""
+        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
+
+
+@dataclass(frozen=True)
+class Roster:
+    """All actors of a ring, in the order of their bundles."""
+
+    hub: ActorSpec
+    rollouts: tuple[ActorSpec, ...]
+    judges: tuple[ActorSpec, ...]
+    heldout_judges: tuple[ActorSpec, ...]
+    learners: tuple[ActorSpec, ...]
+
+    @property
+    def all(self) -> tuple[ActorSpec, ...]:
+        return (self.hub, *self.rollouts, *self.judges, *self.heldout_judges, *self.learners)
+
+
+def roster(config: Config, *, first_bundle: int = 0) -> Roster:
+    """The actors that `config` asks for. `first_bundle` skips the bundles of whoever drives the ring."""
+    ring = config.ring
+    names = [f"rollout-{i}" for i in range(config.rollout.num_actors)]
+    judges = [f"judge-{i}" for i in range(config.judge.num_actors)]
+    heldout = ["heldout-judge-0"] if config.evaluate.heldout_judge.model else []
+    ranks = [f"learner-{i}" for i in range(config.learner.num_ranks)]
+    bundles = iter(range(first_bundle, 1 << 30))
+
+    def group(
+        names: list[str], gpus: float, *, restarts: bool = True, concurrency: int = 100
+    ) -> tuple[ActorSpec, ...]:
+        return tuple(
+            ActorSpec(name, next(bundles), ring.cpus_per_actor, gpus, restarts, concurrency) for name in names
+        )
+
+    return Roster(
+        hub=group([HUB], 0.0, restarts=False)[0],
+        rollouts=group(names, ring.gpus_per_rollout),
+        judges=group(judges, ring.gpus_per_judge),
+        heldout_judges=group(heldout, ring.gpus_per_judge),
+        # Threads, not asyncio: a rank sends a snapshot while it trains on the next batch.
+        learners=group(ranks, ring.gpus_per_learner, restarts=False, concurrency=4),
+    )
+
+
+def reserve(actors: Roster, timeout_s: float) -> tuple[PlacementGroup, bool]:
+    """The placement group for the roster and whether it is ours to remove (in Tune it is the trial's).
+
+    Raises:
+        TimeoutError: the cluster has not the resources.
+    """
+    current = get_current_placement_group()
+    if current is not None:
+        return current, False
+    bundles = [spec.resources for spec in actors.all]
+    group = placement_group(bundles, strategy="PACK", name="caprl-ring")
+    if not group.wait(timeout_s):
+        raise TimeoutError(
+            f"no place for the ring: it needs {bundles}, the cluster has {ray.cluster_resources()}; "
+            "use fewer actors (rollout.num_actors, judge.num_actors, learner.num_ranks) or a larger cluster"
+        )
+    return group, True
+
+
+def spawn(spec: ActorSpec, group: PlacementGroup, actor_class: type, *args: Any) -> ActorHandle:
+    """Starts one actor in its bundle; returns at once."""
+    handle: Any = (
+        ray.remote(actor_class)
+        .options(
+            name=f"caprl-{ray.get_runtime_context().get_job_id()}-{spec.name}",
+            num_cpus=spec.cpus,
+            num_gpus=spec.gpus,
+            max_restarts=-1 if spec.restarts else 0,
+            max_task_retries=0,
+            max_concurrency=spec.concurrency,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                placement_group=group, placement_group_bundle_index=spec.bundle
+            ),
+        )
+        .remote(*args)
+    )
+    return handle

@@ -1,0 +1,46 @@
+"""Starts a Ray of our own or joins a running one; the control plane under every actor."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+
+from caprl_async.config import RingConfig
+
+
+def connect(config: RingConfig, *, log_level: str) -> None:
+    """Connects this process to Ray. A local Ray is guarded by a token that only its own processes hold.
+
+    Does nothing if the process is connected already (a Tune trial, a test's own cluster).
+    """
+    local = config.address == "local"
+    if local and "RAY_AUTH_TOKEN" not in os.environ:
+        # Given here, Ray neither makes a token of its own nor writes one to the home folder.
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        return
+    # It announces as a warning that the token is in use, which is as it should be.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    if local:
+        ray.init(
+            address="local",
+            include_dashboard=config.dashboard,
+            object_store_memory=config.object_store_mb * 2**20,
+            logging_level=getattr(logging, log_level),
+            log_to_driver=False,
+        )
+    else:
+        ray.init(address=config.address, logging_level=getattr(logging, log_level), log_to_driver=False)
+
+
+def disconnect() -> None:
+    """Ends what `connect` started; a joined cluster goes on without us."""
+    import ray
+
+    if ray.is_initialized():
+        ray.shutdown()

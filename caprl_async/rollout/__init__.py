@@ -1,0 +1,1 @@
+"""Prompts become caption groups: sampling and the actor that holds the policy engine."""

@@ -1,0 +1,55 @@
+"""The judge on the real engine gives the scores of plain transformers."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from judge_kit import CAPTION, ReferenceEngine, judge_config, question, save_random_judge
+
+from caprl_async.config import EngineConfig, JudgeMode
+from caprl_async.engine.engine import Engine
+from caprl_async.judge.judge import Judge
+from caprl_async.types import Outcome
+
+CAPTIONS = [CAPTION, "bottomleft blue star . " * 8]
+QUESTIONS = [
+    question(["red", "blue", "green"], 1, "color"),
+    question(["red circle", "red star", "blue"], 0, "both", "what is topleft ?"),
+    question(["black", "white"], None, "absent", "what color is topright ?"),
+]
+ENGINE = EngineConfig(
+    max_model_len=512,
+    max_num_seqs=32,
+    max_num_batched_tokens=1024,
+    block_size=32,
+    kv_cache_gib=0.1,
+    dtype="float32",
+    enforce_eager=True,
+    in_process=True,
+    threads=1,
+)
+
+
+@pytest.mark.slow
+def test_real_engine_and_transformers_agree(tmp_path: Path) -> None:
+    """float32 both; the tolerance covers another order of summation."""
+    folder = save_random_judge(tmp_path / "judge")
+    engine = Engine(str(folder), ENGINE, seed=0)
+    try:
+        for mode in (JudgeMode.expected, JudgeMode.likelihood):
+            config = judge_config(folder, mode, permutations=2)
+            mine = asyncio.run(Judge(engine, config).judge(CAPTIONS, QUESTIONS, 5))
+            reference = asyncio.run(Judge(ReferenceEngine(folder), config).judge(CAPTIONS, QUESTIONS, 5))
+            for got, right in zip(sum(mine, ()), sum(reference, ()), strict=True):
+                assert got.outcome is Outcome.SCORED
+                assert got.choice == right.choice
+                for name in ("score", "abstained", "off_options"):
+                    assert getattr(got, name) == pytest.approx(getattr(right, name), abs=2e-4)
+        config = judge_config(folder, JudgeMode.sample, draws=40)
+        sampled = [asyncio.run(Judge(engine, config).judge(CAPTIONS, QUESTIONS)) for _ in range(2)]
+        assert sampled[0] == sampled[1]  # seeded
+        assert engine.stats().cached_tokens > 0  # questions of a long caption share its prefill
+    finally:
+        engine.close()

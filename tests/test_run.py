@@ -1,0 +1,114 @@
+"""The command line as a user meets it: wrong confs, a run, a second one in its folder, a resume, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from process_kit import MARK, marked
+
+from caprl_async.run import main
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["replay.batch_groups=4", "evaluate.images=8", "evaluate.dense_policy=", "checkpoint.interval=2"]
+COMMAND = [sys.executable, "-m", "caprl_async.run", "conf=conf/demo.yaml", *SMALL]
+
+
+def test_help_names_every_room(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for room in ("data", "policy", "rollout", "judge", "reward", "replay", "learner", "weights"):
+        assert f"{room}." in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["conf=conf/none.yaml"], "none.yaml"),
+        (["conf=conf/demo.yaml", "replay.max_stalness=1"], "replay.max_staleness"),
+        (["conf=conf/demo.yaml", "steps=many"], "steps"),
+        (["conf=conf/demo.yaml", "policy.model=/nowhere"], "policy.model"),
+        (["conf=conf/demo.yaml", "weights.backend=nccl"], "weights.backend"),
+    ],
+)
+def test_a_wrong_conf_is_one_clear_error(
+    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert named in error
+    assert "Traceback" not in error
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=500)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_run_its_folder_and_its_resume(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    first = _run(f"run_dir={folder}", "steps=3")
+    assert first.returncode == 0, first.stderr
+    result = json.loads((folder / "result.json").read_text())
+    for row in ("start", "trained", "ceiling", "blind"):
+        assert 0 <= result[row]["judge"] <= 1
+        assert 0 <= result[row]["heldout_judge"] <= 1
+        assert result[row]["length"] >= 0
+    assert result["steps"] == 3
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+    assert "<svg" in (folder / "report.html").read_text()
+    assert list((folder / "tensorboard").glob("events*"))
+    _loads_in_transformers(folder / "model")
+
+    second = _run(f"run_dir={folder}", "steps=3")
+    assert second.returncode == 2
+    assert "resume=true" in second.stderr
+
+    third = _run(f"run_dir={folder}", "steps=5", "resume=true")
+    assert third.returncode == 0, third.stderr
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5]
+
+
+def _loads_in_transformers(folder: Path) -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    _, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    AutoProcessor.from_pretrained(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ctrl_c_in_the_middle_leaves_nothing_running(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run = subprocess.Popen(
+        [*COMMAND, f"run_dir={folder}", "steps=500"],
+        cwd=ROOT,
+        env={**os.environ, MARK: str(folder)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 300
+    while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").read_text().strip():
+        assert run.poll() is None, run.stderr and run.stderr.read()
+        assert time.monotonic() < deadline, "no step in five minutes"
+        time.sleep(0.5)
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the whole group
+    _, error = run.communicate(timeout=90)
+    assert run.returncode == 130, error
+    assert "Traceback" not in error
+    time.sleep(2)
+    assert marked(str(folder)) == []
+    assert (folder / "report.html").is_file()
