@@ -151,6 +151,20 @@ def test_a_dying_engine_is_reported_and_the_other_gets_the_version(ring: Any) ->
     assert states(engines) == [("0.1", 1.0, False)] * 2
 
 
+def test_a_group_that_all_have_left_has_no_members_and_blames_nobody_again(ring: Any) -> None:
+    sync, _, engines = ring
+    sync.open()
+    ray.get([engine.set.remote(fail_in="die") for engine in engines.values()])
+    assert set(sync.publish(Version(0, 1)).failed) == set(engines)
+    report = sync.publish(Version(0, 2))
+    assert (report.announced, report.failed, report.members) == (False, {}, 0)
+    for engine in engines.values():
+        wait_until_restarted(engine)
+    assert sync.open() == {}
+    assert sync.publish(Version(0, 2)).members == 2
+    assert states(engines) == [("0.2", 2.0, False)] * 2
+
+
 def test_a_dirty_engine_is_reported_and_stays_paused(ring: Any) -> None:
     sync, _, engines = ring
     sync.open()

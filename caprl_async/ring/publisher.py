@@ -52,7 +52,7 @@ class Publisher:
         """Sends it and waits. Engines that failed are restarted and get it when they rejoin.
 
         Raises:
-            RingFailed: it reached no engine although none is to blame, or the learner is gone.
+            RingFailed: it reached no engine of the group although none is to blame, or the learner is gone.
         """
         self.settle()
         self.wanted = version
@@ -107,4 +107,5 @@ class Publisher:
         }
         for name, reason in report.failed.items():
             self._restart(name, reason)
-        return report.announced or bool(report.failed)
+        # Engines outside the group have been restarted and get the weights when they rejoin.
+        return report.announced or bool(report.failed) or not report.members

@@ -119,25 +119,31 @@ class WeightSync:
         failed: dict[str, str] = {}
         seconds: dict[str, float] = {}
         error = None
+        announced = False
         for _ in range(ATTEMPTS):
             if not self._joined:
                 break
-            calls = {
-                name: self._engines[name].receive_weights.remote(version=str(version), **asdict(info))
-                for name, info in self._joined.items()
-            }
-            calls[LEARNER] = self._learner.send_weights.remote(version=version)
-            outcome = self._gather(calls)
+            outcome = self._gather(self._start_transfer(version))
             seconds.update({name: timings["total"] for name, timings in outcome.done.items()})
             failed.update(outcome.failed)
             if outcome.learner is None and not outcome.clean and not outcome.failed:
-                return SyncReport(version, time.monotonic() - started, seconds, failed, True, error)
+                announced = True
+                break
             error = "; ".join([*outcome.failed.values(), *outcome.clean.values()]) or str(outcome.learner)
             failed.update(self._open([*outcome.done, *outcome.clean]))
+            announced = bool(self._joined) and set(self._joined) <= set(seconds)
             if not outcome.clean:
                 break
-        current = bool(self._joined) and set(self._joined) <= set(seconds)
-        return SyncReport(version, time.monotonic() - started, seconds, failed, current, error)
+        duration = time.monotonic() - started
+        return SyncReport(version, duration, seconds, failed, announced, len(self._joined), error)
+
+    def _start_transfer(self, version: Version) -> dict[str, Any]:
+        calls = {
+            name: self._engines[name].receive_weights.remote(version=str(version), **asdict(info))
+            for name, info in self._joined.items()
+        }
+        calls[LEARNER] = self._learner.send_weights.remote(version=version)
+        return calls
 
     def _open(self, names: list[str]) -> dict[str, str]:
         self._joined = {}

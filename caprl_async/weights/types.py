@@ -65,7 +65,8 @@ class SyncReport:
 
     `announced` is true if every engine that is still in the group holds `version`; only then may the version
     be told to others. `failed` names the engines that left the group and why: kill and restart them, then
-    `open` and publish again.
+    `open` and publish again. A group that all engines have left has nobody to send to: not announced, none
+    failed, `members` 0.
     """
 
     version: Version
@@ -73,4 +74,5 @@ class SyncReport:
     engines: dict[str, float]  # seconds each engine was paused
     failed: dict[str, str] = field(default_factory=dict)
     announced: bool = True
+    members: int = 1  # engines in the group afterwards
     error: str | None = None  # what broke an attempt, even if a retry went well
