@@ -1,4 +1,4 @@
-"""The ring in other settings than the demo's, with an engine's process killed, and with data it cannot use."""
+"""The ring in other settings than the demo's, with a killed engine, and with data it cannot use."""
 
 from __future__ import annotations
 
