@@ -118,6 +118,7 @@ _BOUNDS: dict[str, _Bound] = {
     "replay.lease_timeout_s": _POSITIVE,
     "replay.peer_timeout_s": _POSITIVE,
     "replay.min_reward_spread": _NOT_NEGATIVE,
+    "replay.max_evicted_batches": _POSITIVE,
     "learner.num_ranks": _AT_LEAST_1,
     "learner.lr": _POSITIVE,
     "learner.warmup_steps": _NOT_NEGATIVE,
@@ -230,6 +231,11 @@ def _engine(key: str, engine: EngineConfig, config: Config) -> Iterator[str]:
         yield (
             f"{key}.max_num_batched_tokens={engine.max_num_batched_tokens} is below {key}.max_num_seqs="
             f"{engine.max_num_seqs}: each running sequence needs one token per step"
+        )
+    if config.learner.device == "cpu" and engine.max_num_batched_tokens < engine.max_model_len:
+        yield (
+            f"{key}.max_num_batched_tokens={engine.max_num_batched_tokens} is below {key}.max_model_len="
+            f"{engine.max_model_len}: a prompt is prefilled in one piece on the CPU"
         )
     if config.learner.device == "cpu" and engine.tensor_parallel_size > 1:
         yield (

@@ -151,6 +151,9 @@ class ReplayConfig:
     lease_timeout_s: float = key(300.0, "work without an answer is leased again")
     peer_timeout_s: float = key(30.0, "a peer silent for this long loses its leases")
     min_reward_spread: float = key(1e-6, "groups whose rewards differ by less are filtered")
+    max_evicted_batches: float = key(
+        30.0, "batches' worth of groups one batch may cost; beyond, the run ends"
+    )
 
 
 @dataclass

@@ -163,6 +163,7 @@ def test_wrong_types(load: Callable[..., Config], override: str, words: list[str
         (["replay.min_group=9"], ["replay.min_group=9", "rollout.group_size=8"]),
         (["replay.batch_groups=1", "learner.num_ranks=2"], ["replay.batch_groups=1", "learner.num_ranks=2"]),
         (["steps=0"], ["steps=0"]),
+        (["judge.engine.max_num_batched_tokens=1000"], ["max_num_batched_tokens=1000", "max_model_len=4096"]),
         (["rollout.engine.block_size=16"], ["block_size=16", "learner.device=cpu", "32"]),
         (["reward.length_max=10", "reward.length_free=10"], ["reward.length_max", "reward.length_free"]),
         (["learner.correction.importance_max=0.5"], ["importance_max=0.5"]),

@@ -50,6 +50,10 @@ def test_real_engine_and_transformers_agree(tmp_path: Path) -> None:
         config = judge_config(folder, JudgeMode.sample, draws=40)
         sampled = [asyncio.run(Judge(engine, config).judge(CAPTIONS, QUESTIONS)) for _ in range(2)]
         assert sampled[0] == sampled[1]  # seeded
+        # More prompts than one engine step can hold: seeded ones must not be prefilled in parts.
+        many = ["topright red star . " * n for n in range(20, 60)]
+        crowd = asyncio.run(Judge(engine, config).judge(many, QUESTIONS))
+        assert all(verdict.outcome is not Outcome.JUDGE_DOWN for verdict in sum(crowd, ()))
         assert engine.stats().cached_tokens > 0  # questions of a long caption share its prefill
     finally:
         engine.close()

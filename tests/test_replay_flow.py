@@ -13,7 +13,7 @@ from replay_kit import group, unscored, verdicts
 from caprl_async.config import Config
 from caprl_async.data.rows import Row
 from caprl_async.replay.admission import capacity, may_caption
-from caprl_async.replay.flow import Prepared, TrainFlow
+from caprl_async.replay.flow import NothingToTrain, Prepared, TrainFlow
 from caprl_async.replay.ledger import Ledger, LedgerError
 from caprl_async.replay.staleness import fresh
 from caprl_async.replay.work import GenerateWork, JudgeWork
@@ -34,6 +34,7 @@ class World:
         config.replay.max_staleness = max_staleness
         config.replay.batch_groups = batch_groups
         config.replay.max_attempts = max_attempts
+        config.replay.max_evicted_batches = 1e9
         self.config = config
         self.ledger = Ledger(folder / "ledger.sqlite")
         self.flow = TrainFlow(config, self.ledger, lambda source, text: None)
@@ -125,8 +126,7 @@ def test_whatever_happens_prompts_end_once_and_the_ring_goes_on(
             world.step(choice)
         world.failures = False
         done = len(world.batches)
-        for turn in range(40 * batch_groups * (max_staleness + 2)):  # engines at the learner's version again
-            world.step(turn % 4)
+        _turn(world, 40 * batch_groups * (max_staleness + 2))  # engines at the learner's version again
         assert len(world.batches) > done, "the ring stands still"
         trained = [index for batch in world.batches for index in batch]
         assert len(trained) == len(set(trained))
@@ -206,3 +206,17 @@ def test_a_version_without_a_batch_is_refused(tmp_path: Path) -> None:
         world.flow.advance(Version(0, 1))
     with pytest.raises(LedgerError, match="no batch"):
         world.flow.metrics(Version(0, 0))
+
+
+def test_groups_without_any_spread_end_the_run_with_the_reason(tmp_path: Path) -> None:
+    world = World(tmp_path, max_staleness=0, batch_groups=2)
+    world.failures = False
+    world.config.replay.max_evicted_batches = 3
+    world.config.replay.min_reward_spread = 2.0  # no group has it
+    with pytest.raises(NothingToTrain, match=r"7 filtered groups.*equal rewards.*max_evicted_batches=3"):
+        _turn(world, 100)
+
+
+def _turn(world: World, steps: int) -> None:
+    for turn in range(steps):
+        world.step(turn % 4)

@@ -20,6 +20,8 @@ from caprl_async.ring.supervisor import Supervisor
 
 SMALL = ["evaluate.heldout_judge.model=", "evaluate.heldout_judge.data=", "evaluate.dense_policy="]
 
+LENGTHS = ["reward.length_free=0", "reward.length_max=40"]
+
 
 @pytest.fixture
 def stopped() -> Iterator[list[Supervisor]]:
@@ -72,7 +74,8 @@ def test_a_killed_engine_comes_back_and_nothing_is_lost(
     [
         ["replay.max_staleness=0"],
         ["learner.num_ranks=2", "learner.zero_stage=1", "rollout.num_actors=2"],
-        ["judge.mode=sample", "judge.draws=4", "learner.kl_coef=0.01"],
+        # The tiny judge writes words, no letters, so here only the lengths tell captions apart.
+        ["judge.mode=sample", "judge.draws=4", "learner.kl_coef=0.01", "reward.length=1", *LENGTHS],
         ["judge.mode=expected", "learner.updates_per_batch=2", "learner.zero_stage=3"],
     ],
     ids=["synchronous", "two ranks and two rollouts", "sample", "expected"],
@@ -97,6 +100,19 @@ def test_the_ring_turns_in_other_settings(
     learner = ring._get(ring.learners[0].weights_fingerprint.remote())
     for rollout in ring.rollouts:
         assert ring._get(rollout.weights_fingerprint.remote()) == learner
+
+
+@pytest.mark.slow
+def test_a_judge_that_cannot_answer_ends_the_run_with_the_reason(
+    tmp_path: Path, stopped: list[Supervisor]
+) -> None:
+    overrides = ["judge.mode=sample", "replay.batch_groups=4", "replay.max_evicted_batches=2"]
+    ring = Supervisor(conf.load(["conf=conf/demo.yaml", f"run_dir={tmp_path}", *SMALL, *overrides]))
+    stopped.append(ring)
+    ring.start()
+    ring.open_admission()
+    with pytest.raises(RingFailed, match=r"filtered groups were evicted.*judge\.mode"):
+        ring.step()
 
 
 @pytest.mark.slow

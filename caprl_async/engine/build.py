@@ -98,14 +98,15 @@ def _arguments(spec: EngineSpec) -> dict[str, Any]:
         args["block_size"] = config.block_size
     if config.in_process and config.tensor_parallel_size == 1:
         args["distributed_executor_backend"] = "uni"
-    return {**args, **_memory(config), **_images(spec.vision), **_weights(spec), **_bans(spec)}
+    return {**args, **_for_platform(config), **_images(spec.vision), **_weights(spec), **_bans(spec)}
 
 
-def _memory(config: EngineConfig) -> dict[str, Any]:
+def _for_platform(config: EngineConfig) -> dict[str, Any]:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        return {"kv_cache_memory_bytes": int(config.kv_cache_gib * GIB)}
+        # After part of a prefill vLLM rewinds a seeded request's generator, which those of the CPU cannot do.
+        return {"kv_cache_memory_bytes": int(config.kv_cache_gib * GIB), "enable_chunked_prefill": False}
     return {"gpu_memory_utilization": config.gpu_memory_utilization}
 
 

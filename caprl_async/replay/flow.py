@@ -31,6 +31,16 @@ from caprl_async.types import (
 
 _BACKOFF_S = 0.25  # after a failure; doubled by each further one of the same prompt
 _BACKOFF_MAX_S = 5.0
+_REMEDIES = {
+    Evicted.FILTERED: "all captions of a group got equal rewards: can this judge answer in this judge.mode?",
+    Evicted.UNSCORABLE: "the judge could not score them: look at judge.* and the questions",
+    Evicted.FAILED: "they failed too often: look at the errors in the status",
+    Evicted.BAD_ROW: "their images cannot be read: look at data.train and data.image_dir",
+}
+
+
+class NothingToTrain(RuntimeError):
+    """Group after group is evicted; no batch will be full."""
 
 
 class TrainFlow:
@@ -298,6 +308,23 @@ class TrainFlow:
         self.evicted[reason.value] += 1
         self._since_cut[reason.value] += 1
         del self._lives[life.prompt.index]
+        self._check_yield()
+
+    def _check_yield(self) -> None:
+        """
+        Raises:
+            NothingToTrain: too many groups were evicted since the last batch (replay.max_evicted_batches).
+        """
+        counts = {reason: self._since_cut[reason.value] for reason in Evicted}
+        if sum(counts.values()) <= self._replay.max_evicted_batches * self._replay.batch_groups:
+            return
+        most = max(counts, key=lambda reason: counts[reason])
+        found = ", ".join(f"{count} {reason.value}" for reason, count in counts.items() if count)
+        raise NothingToTrain(
+            f"since the last batch {found} groups were evicted and {len(self._ready)} are ready, "
+            f"mean reward {mean(self._rewards_since_cut):.3f}; "
+            f"{_REMEDIES[most]} (limit: replay.max_evicted_batches={self._replay.max_evicted_batches:g})"
+        )
 
     def _record(self, life: Life, event: Event, version: Version, **detail: Any) -> None:
         prompt = life.prompt
