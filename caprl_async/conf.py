@@ -60,24 +60,25 @@ class _Layer:
 
 
 def load(argv: list[str]) -> Config:
-    """The checked conf of a command line `conf=FILE [key=value ...]`; paths in it are absolute.
+    """The checked conf of a command line `conf=FILE [conf=FILE ...] [key=value ...]`; paths are absolute.
 
     Raises:
         ConfError: anything that would not run; the message names the key and, where there is one, the fix.
     """
-    path, overrides = _split_arguments(argv)
-    config = read(path, overrides)
+    paths, overrides = _split_arguments(argv)
+    config = read(paths, overrides)
     conf_checks.check(config)
     return config
 
 
-def read(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Like `load`, for keys and types alone: neither values nor files are checked.
+def read(paths: Sequence[Path], overrides: Sequence[str] = ()) -> Config:
+    """Like `load`, for keys and types alone: neither values nor files are checked. Later files win.
 
     Raises:
         ConfError: an unknown key, a wrong type, a conf that cannot be read.
     """
-    layers = [*_file_layers(path), _Layer("the command line", _parse_dotlist(overrides), None)]
+    files = [layer for path in paths for layer in _file_layers(path)]
+    layers = [*files, _Layer("the command line", _parse_dotlist(overrides), None)]
     config, sources = _merge(layers)
     _resolve_paths(config, sources)
     return config
@@ -126,17 +127,16 @@ def resolve_path(text: str, folder: Path | None = None) -> str:
 # ---------------------------------------------------------------- reading
 
 
-def _split_arguments(argv: list[str]) -> tuple[Path, list[str]]:
+def _split_arguments(argv: list[str]) -> tuple[list[Path], list[str]]:
     for argument in argv:
         if "=" not in argument or argument.startswith("-"):
             shown = argument.lstrip("-")
             hint = shown if "=" in shown else f"{shown.replace(' ', '=')}=..."
             raise ConfError(f"'{argument}' is not of the form key=value; did you mean {hint}?")
     paths = [a.removeprefix("conf=") for a in argv if a.startswith("conf=")]
-    if len(paths) != 1 or not paths[0]:
-        problem = "conf= is missing" if len(paths) < 2 else "conf= is given more than once"
-        raise ConfError(f"{problem}; name one conf file, for example conf={_example_conf()}")
-    return Path(paths[0]), [a for a in argv if not a.startswith("conf=")]
+    if not paths or not all(paths):
+        raise ConfError(f"conf= is missing; name a conf file, for example conf={_example_conf()}")
+    return [Path(path) for path in paths], [a for a in argv if not a.startswith("conf=")]
 
 
 def _example_conf() -> str:
@@ -154,13 +154,13 @@ def _file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[_Layer]:
         raise ConfError(f"conf={path} is no file{where}{_nearest_file(path)}")
     values = _read_yaml(path)
     base = values.pop("base", None)
-    if base is None:
-        below = []
-    elif isinstance(base, str):
-        relative = base if base.startswith("pkg:") else str(path.parent / Path(base).expanduser())
-        below = _file_layers(Path(relative), (*seen, path))
-    else:
-        raise ConfError(f"base={base!r} in {path} is not a path")
+    named = [base] if isinstance(base, str) else base or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ConfError(f"base={base!r} in {path} is neither a path nor a list of paths")
+    below: list[_Layer] = []
+    for name in named:
+        relative = name if name.startswith("pkg:") else str(path.parent / Path(name).expanduser())
+        below += _file_layers(Path(relative), (*seen, path))
     return [*below, _Layer(str(path), values, path.parent)]
 
 

@@ -5,13 +5,24 @@ Used by conf.py alone; every check gives a sentence that names its keys and says
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from caprl_async import conf_files, conf_help
 from caprl_async.conf_help import value_of
-from caprl_async.config import Config, EngineConfig, JudgeMode, WeightBackend
+from caprl_async.config import (
+    Aggregation,
+    Beyond,
+    Config,
+    EngineConfig,
+    ImportanceLevel,
+    JudgeMode,
+    Proximal,
+    TrustRegion,
+    WeightBackend,
+)
 
 JOBS = ("train",)
 """Modules of caprl_async.jobs with a `run(config)`."""
@@ -127,13 +138,21 @@ _BOUNDS: dict[str, _Bound] = {
     "learner.weight_decay": _NOT_NEGATIVE,
     "learner.grad_norm": _POSITIVE,
     "learner.updates_per_batch": _AT_LEAST_1,
-    "learner.kl_coef": _NOT_NEGATIVE,
-    "learner.correction.importance_max": (
-        "0 (no truncation) or at least 1: below 1 it would shrink tokens that are not stale at all",
+    "learner.advantage.clip": _NOT_NEGATIVE,
+    "learner.sum_length": _NOT_NEGATIVE,
+    "learner.entropy_coef": _NOT_NEGATIVE,
+    "learner.kl.coef": _NOT_NEGATIVE,
+    "learner.correction.importance.low": (
+        "in [0, 1]: above 1 it would raise tokens that are not stale at all",
+        lambda v: 0 <= v <= 1,
+    ),
+    "learner.correction.importance.high": (
+        "0 (no bound) or at least 1: below 1 it would shrink tokens that are not stale at all",
         lambda v: v == 0 or v >= 1,
     ),
-    "learner.correction.clip_low": ("in (0, 1]", lambda v: 0 < v <= 1),
-    "learner.correction.clip_high": _POSITIVE,
+    "learner.correction.trust_region.clip_low": ("in (0, 1]", lambda v: 0 < v <= 1),
+    "learner.correction.trust_region.clip_high": _POSITIVE,
+    "learner.correction.trust_region.dual_clip": ("0 (none) or above 1", lambda v: v == 0 or v > 1),
     "learner.micro_batch_tokens": _AT_LEAST_1,
     "learner.logprob_chunk": _AT_LEAST_1,
     "learner.zero_stage": ("0, 1, 2 or 3", lambda v: 0 <= v <= 3),
@@ -165,8 +184,8 @@ def _ranges(config: Config) -> Iterator[str]:
             yield f"{leaf.key}={value} must be {_BOUNDS[leaf.key][0]}"
     if config.rollout.group_size < 2:
         yield (
-            f"rollout.group_size={config.rollout.group_size} must be 2 or more: learner.advantage="
-            f"{config.learner.advantage.name} compares the captions of one image with each other"
+            f"rollout.group_size={config.rollout.group_size} must be 2 or more: learner.advantage.kind="
+            f"{config.learner.advantage.kind.name} compares the captions of one image with each other"
         )
 
 
@@ -193,8 +212,10 @@ def _combinations(config: Config) -> Iterator[str]:
     yield from _engine("judge.engine", config.judge.engine, config)
     yield from _sampling(config)
     yield from _queue(config)
+    yield from _correction(config)
     yield from _judging(config)
     yield from _heldout(config)
+    yield from _bands(config)
 
 
 def _device(config: Config) -> Iterator[str]:
@@ -287,6 +308,49 @@ def _queue(config: Config) -> Iterator[str]:
             f"{replay.max_staleness}: the engines' weights would be too old for every batch before the next "
             "broadcast"
         )
+
+
+def _correction(config: Config) -> Iterator[str]:
+    correction, prefix = config.learner.correction, "learner.correction"
+    importance, region = correction.importance, correction.trust_region
+    if correction.proximal is Proximal.behaviour and importance.level is not ImportanceLevel.none:
+        yield (
+            f"{prefix}.proximal=behaviour with {prefix}.importance.level={importance.level.name}: the weight "
+            "from a policy to itself is always 1; use importance.level=none, or proximal=recompute"
+        )
+    if correction.proximal is Proximal.interpolate and region.kind is TrustRegion.reinforce:
+        yield (
+            f"{prefix}.proximal=interpolate with {prefix}.trust_region.kind=reinforce: no ratio is left "
+            "between the interpolated and the current policy; use proximal=recompute"
+        )
+    bounds = importance.low > 0 or importance.high > 0
+    if importance.level is not ImportanceLevel.none and importance.beyond is Beyond.mask and not bounds:
+        yield (
+            f"{prefix}.importance.beyond=mask with {prefix}.importance.low=0 and .high=0: nothing lies "
+            "beyond; set a bound, or beyond=truncate"
+        )
+    if region.dual_clip > 0 and region.kind is not TrustRegion.ppo:
+        yield (
+            f"{prefix}.trust_region.dual_clip={region.dual_clip:g} with {prefix}.trust_region.kind="
+            f"{region.kind.name}: only ppo has a dual clip"
+        )
+    if region.dual_clip > 0 and region.dual_clip <= 1 + region.clip_high:
+        yield (
+            f"{prefix}.trust_region.dual_clip={region.dual_clip:g} must be above 1 + {prefix}.trust_region."
+            f"clip_high={region.clip_high:g}: the floor would cut inside the trust region"
+        )
+    if config.learner.sum_length and config.learner.aggregation is not Aggregation.sequence_sum:
+        yield (
+            f"learner.sum_length={config.learner.sum_length} with learner.aggregation="
+            f"{config.learner.aggregation.name}: only sequence_sum divides by it"
+        )
+
+
+def _bands(config: Config) -> Iterator[str]:
+    for band in dataclasses.fields(config.observe.bands):
+        values = getattr(config.observe.bands, band.name)
+        if values and (len(values) != 2 or not values[0] <= values[1]):
+            yield f"observe.bands.{band.name}={values} must be [low, high], or [] for no alarm"
 
 
 def _judging(config: Config) -> Iterator[str]:

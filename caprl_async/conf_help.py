@@ -14,14 +14,16 @@ from typing import Any
 from caprl_async.config import Config
 
 USAGE = """\
-python -m caprl_async.run conf=FILE [key=value ...]
+python -m caprl_async.run conf=FILE [conf=FILE ...] [key=value ...]
 
   python -m caprl_async.run conf=conf/demo.yaml
   python -m caprl_async.run conf=conf/demo.yaml seed=1 steps=20 run_dir=runs/seed1
   python -m caprl_async.run conf=conf/demo.yaml replay.max_staleness=0      # the synchronous mode
+  python -m caprl_async.run conf=conf/demo.yaml conf=conf/presets/gspo.yaml # another way to learn
   python -m caprl_async.run conf=runs/demo/conf.yaml resume=true            # go on with a run
 
-A conf is yaml; its line `base: other.yaml` names a conf that it extends. Paths are taken from the working
+A conf is yaml; its line `base: other.yaml` names a conf (or a list of them) that it extends. Of several
+confs, and of bases, the later one wins, and the command line wins over all. Paths are taken from the working
 directory (then from the conf's folder); pkg:PATH lies in the installed package."""
 
 
@@ -94,9 +96,9 @@ def _rooms() -> Iterator[tuple[str, str, list[Leaf]]]:
 
 
 def shipped_confs() -> list[Path]:
-    """Confs in `conf/` of the working directory, or of the source tree that the package lies in."""
+    """Confs, then presets, in `conf/` of the working directory, or of the source tree around the package."""
     for folder in (Path("conf"), Path(__file__).resolve().parent.parent / "conf"):
-        found = sorted(folder.glob("*.yaml"))
+        found = [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("presets/*.yaml"))]
         if found:
             return found
     return []

@@ -32,6 +32,7 @@ class AdvantageKind(enum.Enum):
 class Aggregation(enum.Enum):
     token_mean = "token_mean"
     sequence_mean = "sequence_mean"
+    sequence_sum = "sequence_sum"
 
 
 class WeightBackend(enum.Enum):
@@ -42,7 +43,37 @@ class WeightBackend(enum.Enum):
 
 class Proximal(enum.Enum):
     recompute = "recompute"
+    interpolate = "interpolate"
     behaviour = "behaviour"
+
+
+class ImportanceLevel(enum.Enum):
+    none = "none"
+    token = "token"
+    sequence = "sequence"
+
+
+class Beyond(enum.Enum):
+    truncate = "truncate"
+    mask = "mask"
+
+
+class TrustRegion(enum.Enum):
+    ppo = "ppo"
+    gspo = "gspo"
+    cispo = "cispo"
+    reinforce = "reinforce"
+
+
+class KLEstimator(enum.Enum):
+    k1 = "k1"
+    k2 = "k2"
+    k3 = "k3"
+
+
+class KLPlace(enum.Enum):
+    loss = "loss"
+    reward = "reward"
 
 
 @dataclass
@@ -157,13 +188,52 @@ class ReplayConfig:
 
 
 @dataclass
-class CorrectionConfig:
-    """Off-policy correction and trust region."""
+class AdvantageConfig:
+    """How the rewards of a group become advantages."""
 
-    proximal: Proximal = key(Proximal.recompute, "policy the ratio is clipped around")
-    importance_max: float = key(2.0, "truncation of behaviour-to-proximal weights per token; 0: none")
-    clip_low: float = key(0.2, "PPO clip below 1")
-    clip_high: float = key(0.2, "PPO clip above 1")
+    kind: AdvantageKind = key(AdvantageKind.mean_std, "mean_std | mean | rloo")
+    batch_norm: bool = key(False, "divide by the standard deviation over all captions of the batch")
+    clip: float = key(0.0, "advantages are cut to +- this; 0: not")
+
+
+@dataclass
+class ImportanceConfig:
+    """Weight w = proximal / behaviour, which corrects for the policy that sampled; no gradient."""
+
+    level: ImportanceLevel = key(ImportanceLevel.token, "none | token | sequence (product over the caption)")
+    beyond: Beyond = key(Beyond.truncate, "outside the bounds: truncate w to the bound | mask the token")
+    low: float = key(0.0, "lower bound of w")
+    high: float = key(2.0, "upper bound of w; 0: none")
+
+
+@dataclass
+class TrustRegionConfig:
+    """How far one batch may move the policy: what bounds r = current / proximal."""
+
+    kind: TrustRegion = key(TrustRegion.ppo, "ppo | gspo (r per caption) | cispo | reinforce (no r)")
+    clip_low: float = key(0.2, "r is clipped at 1 - this")
+    clip_high: float = key(0.2, "r is clipped at 1 + this")
+    dual_clip: float = key(0.0, "ppo: floor of the gain, as a multiple of a negative advantage; 0: none")
+
+
+@dataclass
+class CorrectionConfig:
+    """Off-policy correction: two independent choices, and the policy that stands between them."""
+
+    proximal: Proximal = key(
+        Proximal.recompute, "recompute (before the batch) | interpolate (by token version) | behaviour"
+    )
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    trust_region: TrustRegionConfig = field(default_factory=TrustRegionConfig)
+
+
+@dataclass
+class KLConfig:
+    """Pull towards the start policy; it needs a second copy of the model."""
+
+    coef: float = key(0.0, "weight; 0: no reference model")
+    estimator: KLEstimator = key(KLEstimator.k3, "k1 | k2 | k3; in the loss k1's gradient is 0 on average")
+    place: KLPlace = key(KLPlace.loss, "in the loss, per token | in the reward, summed over the caption")
 
 
 @dataclass
@@ -177,10 +247,16 @@ class LearnerConfig:
     betas: list[float] = key([0.9, 0.95], "Adam")
     weight_decay: float = key(0.0, "AdamW")
     grad_norm: float = key(1.0, "clip of the global gradient norm")
-    advantage: AdvantageKind = key(AdvantageKind.mean_std, "mean_std | mean | rloo")
-    aggregation: Aggregation = key(Aggregation.token_mean, "token_mean | sequence_mean")
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    aggregation: Aggregation = key(
+        Aggregation.token_mean, "token_mean | sequence_mean (of token means) | sequence_sum (see sum_length)"
+    )
+    sum_length: int = key(
+        0, "sequence_sum: tokens that each caption's sum is divided by; 0: rollout.max_tokens"
+    )
     updates_per_batch: int = key(1, "optimizer steps per batch")
-    kl_coef: float = key(0.0, "weight of the k3 KL to the start policy in the loss; 0: no reference model")
+    entropy_coef: float = key(0.0, "weight of the entropy bonus")
+    kl: KLConfig = field(default_factory=KLConfig)
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     micro_batch_tokens: int = key(16384, "tokens (prompt and caption, padded) per micro-batch")
     logprob_chunk: int = key(1024, "tokens whose vocabulary logits exist at one time")
@@ -248,11 +324,28 @@ class RingConfig:
 
 
 @dataclass
+class BandsConfig:
+    """[low, high] of metrics; outside there is an alarm. An empty list: none."""
+
+    logprob_gap_fresh_mean: list[float] = key([0.0, 0.05], "engine against learner at equal versions, nats")
+    logprob_gap_fresh_p99: list[float] = key([0.0, 0.5], "the same, the worst tokens")
+    importance_mean: list[float] = key([0.8, 1.25], "mean importance weight")
+    importance_bounded: list[float] = key([0.0, 0.2], "share of tokens whose weight was truncated or masked")
+    effective_samples: list[float] = key([0.5, 1.0], "effective share of the tokens")
+    clip_fraction: list[float] = key([0.0, 0.4], "share of tokens without gradient by the trust region")
+    kl: list[float] = key([], "estimate of the KL to the start policy per token, nats")
+
+
+@dataclass
 class ObserveConfig:
     """What a person sees."""
 
     samples_per_step: int = key(2, "caption groups written to samples.jsonl at each step")
     gallery_images: int = key(12, "held-out images shown before and after in report.html")
+    record_batches: bool = key(
+        False, "keep every batch as the learner got it, in batches/, to train on again"
+    )
+    bands: BandsConfig = field(default_factory=BandsConfig)
     log_level: str = key("WARNING", "of the libraries; our own messages are always shown")
 
 

@@ -53,7 +53,7 @@ def test_all_special_tokens_but_the_end_are_banned(processor: PolicyProcessor) -
     assert max(banned) < processor.vocab_size
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(width=st.integers(8, 900), height=st.integers(8, 900))
 def test_grid_stays_under_the_caps_and_fits_the_merge(
     processor: PolicyProcessor, width: int, height: int

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,9 @@ def started(rank: int, world: int, port: int | None, folder: Path, **learner: An
     processor, refs = tiny_processor(), images(pixels, 3)
     hub = Hub([make_batch(processor, refs, 3, seed=s, version=Version(0, s)) for s in range(3)])
     peer.LearnerPeer = lambda address, hello: hub  # type: ignore[assignment,misc]
-    actor = LearnerActor(rank, tiny_config(**learner), None)  # type: ignore[arg-type]
+    config = tiny_config(**learner)
+    config.run_dir = str(folder / "run")
+    actor = LearnerActor(rank, config, None)  # type: ignore[arg-type]
     host, bound = actor.rendezvous() if port is None else ("127.0.0.1", port)
     assert host == "127.0.0.1"
     actor.setup(world, host, bound)
@@ -49,9 +53,8 @@ def started(rank: int, world: int, port: int | None, folder: Path, **learner: An
 
 def one_rank(_: int, folder: str) -> None:
     from caprl_async.learner.actor import NoSnapshot
-    from caprl_async.learner.batch import BadBatch
+    from caprl_async.learner.batch import BadBatch, NotFinite
     from caprl_async.learner.snapshot import ForeignModelDiffers
-    from caprl_async.learner.trainer import LossNotFinite
 
     root = Path(folder)
     # No compiler may be needed.
@@ -111,8 +114,12 @@ def one_rank(_: int, folder: str) -> None:
     named = dict(actor._trainer.hf.named_parameters())
     named["model.language_model.norm.weight"].data[3] = torch.nan
     before = {name: p.clone() for name, p in named.items()}
-    with pytest.raises(LossNotFinite, match=r"train/\d@0\[\d\]"):
+    with pytest.raises(NotFinite, match=r"train/\d@0\[\d\].*not_finite") as stopped:
         actor.train_step(Version(1, 3))
+    kept = json.loads((Path(actor.config.run_dir) / "not_finite" / "1.3-rank-0.json").read_text())
+    assert {caption["name"] for caption in kept["captions"]} == set(stopped.value.captions) != set()
+    assert all(caption["caption"]["token_ids"] for caption in kept["captions"])
+    assert str(pickle.loads(pickle.dumps(stopped.value))) == str(stopped.value)  # as Ray brings it back
     assert all(torch.equal(p, before[name]) for name, p in named.items() if "language_model.norm" not in name)
 
     done = actor.train_step(Version(1, 9))

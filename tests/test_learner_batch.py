@@ -10,8 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caprl_async.config import AdvantageKind, Aggregation
-from caprl_async.learner.batch import BadBatch, Plan, TrainSequence, make_plan, make_sequences, split_updates
+from caprl_async.config import AdvantageConfig, AdvantageKind, Aggregation
+from caprl_async.learner.batch import (
+    BadBatch,
+    NotFinite,
+    Plan,
+    TrainSequence,
+    make_plan,
+    make_sequences,
+    split_updates,
+    with_advantages,
+)
 from caprl_async.types import (
     Caption,
     CaptionGroup,
@@ -63,7 +72,8 @@ def batch_of(*groups: ScoredGroup) -> TrainBatch:
 
 
 def test_a_caption_keeps_its_tokens_their_log_probabilities_and_their_age() -> None:
-    first, second = make_sequences(batch_of(scored_group([0.0, 1.0])), AdvantageKind.mean)
+    made = make_sequences(batch_of(scored_group([0.0, 1.0])))
+    first, second = with_advantages(made, AdvantageConfig(kind=AdvantageKind.mean))
     assert first.caption == (7, 8, 9)
     assert first.behaviour == (-1.0, -2.0, -3.0)
     assert first.staleness == (3, 1, 1)
@@ -72,9 +82,8 @@ def test_a_caption_keeps_its_tokens_their_log_probabilities_and_their_age() -> N
 
 
 def test_groups_of_equal_rewards_are_left_out() -> None:
-    sequences = make_sequences(
-        batch_of(scored_group([0.3, 0.3]), scored_group([0.0, 1.0], 1)), AdvantageKind.rloo
-    )
+    made = make_sequences(batch_of(scored_group([0.3, 0.3]), scored_group([0.0, 1.0], 1)))
+    sequences = with_advantages(made, AdvantageConfig(kind=AdvantageKind.rloo))
     assert {s.group for s in sequences} == {1}
 
 
@@ -94,13 +103,26 @@ def test_contradictions_are_refused_by_name() -> None:
     }
     for message, group in broken.items():
         with pytest.raises(BadBatch, match=message) as caught:
-            make_sequences(batch_of(group), AdvantageKind.mean)
+            make_sequences(batch_of(group))
         assert "train/0@1" in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_none_name_their_captions(bad: float) -> None:
+    with pytest.raises(NotFinite, match=r"train/0@1\[1\]") as caught:
+        make_sequences(batch_of(scored_group([0.0, bad])))
+    assert caught.value.captions == ("train/0@1[1]",)
+    good = scored_group([0.0, 1.0])
+    wrong = msgspec.structs.replace(good.group.captions[0], logprobs=(-1.0, bad, -3.0))
+    group = msgspec.structs.replace(good.group, captions=(wrong, good.group.captions[1]))
+    with pytest.raises(NotFinite) as caught:
+        make_sequences(batch_of(msgspec.structs.replace(good, group=group)))
+    assert caught.value.captions == ("train/0@1[0]",)
 
 
 def test_a_caption_with_a_banned_token_is_refused() -> None:
     with pytest.raises(BadBatch, match=r"train/0@1\[0\].*\[8\]"):
-        make_sequences(batch_of(scored_group([0.0, 1.0])), AdvantageKind.mean, banned=(8, 80))
+        make_sequences(batch_of(scored_group([0.0, 1.0])), banned=(8, 80))
 
 
 def sequence(group: int, number: int, prompt: int, caption: int) -> TrainSequence:
@@ -113,6 +135,7 @@ def sequence(group: int, number: int, prompt: int, caption: int) -> TrainSequenc
         caption=(2,) * caption,
         behaviour=(-1.0,) * caption,
         staleness=(0,) * caption,
+        reward=0.0,
         advantage=1.0,
         weight=0.1,
     )

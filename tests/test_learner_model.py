@@ -11,7 +11,14 @@ import pytest
 import torch
 from learner_kit import POLICY, images, make_batch, tiny_processor
 
-from caprl_async.config import AdvantageKind, Aggregation, CorrectionConfig
+from caprl_async.config import (
+    AdvantageConfig,
+    Aggregation,
+    ImportanceLevel,
+    KLConfig,
+    LearnerConfig,
+    TrustRegion,
+)
 from caprl_async.data.processor import PolicyProcessor
 from caprl_async.learner.batch import (
     BadBatch,
@@ -20,6 +27,7 @@ from caprl_async.learner.batch import (
     make_plan,
     make_sequences,
     split_updates,
+    with_advantages,
 )
 from caprl_async.learner.losses import policy_loss
 from caprl_async.learner.model import BadModel, PolicyModel, load_policy, prompt_positions
@@ -38,7 +46,8 @@ def processor() -> PolicyProcessor:
 def sequences(processor: PolicyProcessor, tmp_path_factory: pytest.TempPathFactory) -> list[TrainSequence]:
     refs = images(tmp_path_factory.mktemp("images"), 3)
     batch = make_batch(processor, refs, 3, lengths=(2, 12))
-    return split_updates(make_sequences(batch, AdvantageKind.mean_std), 1, Aggregation.sequence_mean)[0]
+    made = with_advantages(make_sequences(batch), AdvantageConfig())
+    return split_updates(made, 1, Aggregation.sequence_mean)[0]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +81,7 @@ def plain_logprobs(
     logits = out.logits[0, len(s.prompt) - 1 : -1].clone()
     logits[:, list(processor.banned_token_ids)] = -torch.inf
     logprobs = (logits / TEMPERATURE).log_softmax(-1)
-    entropy = -(logprobs.exp() * logprobs.clamp(min=-1e9)).sum(-1).detach()
+    entropy = -(logprobs.exp() * logprobs.clamp(min=-1e9)).sum(-1)
     return logprobs[range(len(s.caption)), list(s.caption)], entropy
 
 
@@ -120,47 +129,63 @@ def close(found: torch.Tensor | None, expected: torch.Tensor | None, name: str) 
 
 
 def gradients(
-    policy: PolicyModel, processor: PolicyProcessor, micros: list[MicroBatch]
+    policy: PolicyModel, processor: PolicyProcessor, micros: list[MicroBatch], config: LearnerConfig
 ) -> dict[str, torch.Tensor]:
     policy.zero_grad()
     for micro in micros:
         tensors = tensors_of(micro, policy, processor)
-        current, _ = policy(tensors)
+        current, entropy = policy(tensors)
         loss, _ = policy_loss(
             current,
+            entropy,
             current.detach() - 0.1,
-            tensors.behaviour,
-            tensors.advantages,
-            tensors.weights,
-            CorrectionConfig(),
+            tensors.loss_tokens,
+            config,
             reference=tensors.behaviour,
-            kl_coef=0.01,
         )
         loss.backward()
     return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
 
 
+def correction(level: str, kind: str) -> LearnerConfig:
+    config = LearnerConfig(kl=KLConfig(coef=0.01), entropy_coef=0.02)
+    config.correction.importance.level = ImportanceLevel[level]
+    config.correction.trust_region.kind = TrustRegion[kind]
+    return config
+
+
+@pytest.mark.parametrize(
+    "config", [correction("token", "ppo"), correction("sequence", "gspo")], ids=["per token", "per caption"]
+)
 def test_micro_batches_and_ranks_do_not_change_the_gradient(
-    policy: PolicyModel, processor: PolicyProcessor, sequences: list[TrainSequence]
+    policy: PolicyModel, processor: PolicyProcessor, sequences: list[TrainSequence], config: LearnerConfig
 ) -> None:
-    whole = gradients(policy, processor, [MicroBatch(tuple(sequences))])
+    whole = gradients(policy, processor, [MicroBatch(tuple(sequences))], config)
     assert len(whole) == len(list(policy.parameters()))
     for ranks, budget in [(1, 150), (2, 90), (4, 10_000), (12, 60)]:
         plan = make_plan(sequences, ranks, budget)
-        cut = gradients(policy, processor, [micro for rank in plan.ranks for micro in rank])
+        cut = gradients(policy, processor, [micro for rank in plan.ranks for micro in rank], config)
         assert plan.fillers == max(0, ranks - len(sequences))
         for name, gradient in whole.items():
             close(cut[name], gradient, name)
 
 
+@pytest.mark.parametrize("entropy_share", [0.0, 0.3], ids=["log-probabilities", "and entropies"])
 def test_gradient_equals_plain_transformers(
-    plain: Any, policy: PolicyModel, processor: PolicyProcessor, sequences: list[TrainSequence]
+    plain: Any,
+    policy: PolicyModel,
+    processor: PolicyProcessor,
+    sequences: list[TrainSequence],
+    entropy_share: float,
 ) -> None:
     few = sequences[:3]
     policy.zero_grad()
-    policy(tensors_of(MicroBatch(tuple(few)), policy, processor))[0].sum().backward()
+    scored = policy(tensors_of(MicroBatch(tuple(few)), policy, processor))
+    (scored[0].sum() + entropy_share * scored[1].square().sum()).backward()
     plain.zero_grad()
-    sum(plain_logprobs(plain, processor, s)[0].sum() for s in few).backward()  # type: ignore[union-attr]
+    for s in few:
+        logprobs, entropy = plain_logprobs(plain, processor, s)
+        (logprobs.sum() + entropy_share * entropy.square().sum()).backward()
     expected = dict(plain.named_parameters())
     for name, parameter in policy.hf.named_parameters():
         close(parameter.grad, expected[name].grad, name)
@@ -204,7 +229,7 @@ def test_pixels_are_kept_and_the_oldest_forgotten(tmp_path: Path, processor: Pol
             return processor.pixels(image)
 
     batch = make_batch(processor, images(tmp_path, 3), 2)
-    a, b, c = (make_sequences(batch, AdvantageKind.mean)[i] for i in (0, 2, 4))
+    a, b, c = (make_sequences(batch)[i] for i in (0, 2, 4))
     one = processor.pixels(a.image).pixel_values.nbytes
     source = Counting()
     cache = PixelCache(source, limit_bytes=2 * one)  # type: ignore[arg-type]
@@ -221,4 +246,4 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
 def test_batches_survive_the_wire(processor: PolicyProcessor, tmp_path: Path) -> None:
     batch = make_batch(processor, images(tmp_path, 1), 2)
     again = msgspec.msgpack.decode(msgspec.msgpack.encode(batch), type=type(batch))
-    assert make_sequences(again, AdvantageKind.rloo) == make_sequences(batch, AdvantageKind.rloo)
+    assert make_sequences(again) == make_sequences(batch)

@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from learner_kit import images, make_batch, tiny_config, tiny_processor
 from safetensors.torch import load_file, save_file
 
+from caprl_async.config import KLConfig, KLPlace
 from caprl_async.types import TrainBatch, Version
 
 pytestmark = pytest.mark.slow
@@ -25,7 +26,9 @@ CASES: dict[str, dict[str, Any]] = {
     "zero3": {"zero_stage": 3, "micro_batch_tokens": 200, "logprob_chunk": 16},
     "zero3-checkpointing": {"zero_stage": 3, "gradient_checkpointing": True},
     "zero0-checkpointing": {"gradient_checkpointing": True},
+    "kl in the reward": {"kl": KLConfig(coef=0.05, place=KLPlace.reward), "micro_batch_tokens": 200},
 }
+ALONE = ("zero0", "zero2", "kl in the reward")  # with one rank too
 
 
 def batches(folder: Path, processor: Any) -> list[TrainBatch]:
@@ -71,7 +74,7 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(train_rank, (1, free_port(), str(folder), {"zero0": {}, "zero2": CASES["zero2"]}), nprocs=1)
+    mp.spawn(train_rank, (1, free_port(), str(folder), {name: CASES[name] for name in ALONE}), nprocs=1)
     mp.spawn(train_rank, (2, free_port(), str(folder), CASES), nprocs=2)
     return {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
 
@@ -80,7 +83,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, tor
 def test_weights_and_metrics_equal_those_of_one_rank(
     trained: dict[str, dict[str, torch.Tensor]], case: str
 ) -> None:
-    alone, found = trained["1-zero0"], trained[case]
+    same = case.partition("-")[2]
+    alone = trained[f"1-{same}" if "kl" in same else "1-zero0"]
+    found = trained[case]
     assert alone.keys() == found.keys()
     for name, expected in alone.items():
         if name.startswith("metric/"):

@@ -111,7 +111,7 @@ class World:
         self.flow.advance(Version(0, version.step + 1))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     script=st.lists(st.integers(0, 400), min_size=50, max_size=400),
     max_staleness=st.integers(0, 3),

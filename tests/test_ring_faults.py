@@ -75,7 +75,7 @@ def test_a_killed_engine_comes_back_and_nothing_is_lost(
         ["replay.max_staleness=0"],
         ["learner.num_ranks=2", "learner.zero_stage=1", "rollout.num_actors=2"],
         # The tiny judge writes words, no letters, so here only the lengths tell captions apart.
-        ["judge.mode=sample", "judge.draws=4", "learner.kl_coef=0.01", "reward.length=1", *LENGTHS],
+        ["judge.mode=sample", "judge.draws=4", "learner.kl.coef=0.01", "reward.length=1", *LENGTHS],
         ["judge.mode=expected", "learner.updates_per_batch=2", "learner.zero_stage=3"],
     ],
     ids=["synchronous", "two ranks and two rollouts", "sample", "expected"],

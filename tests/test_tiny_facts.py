@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from caprl_async.tiny import grammar
@@ -63,14 +63,12 @@ def test_a_border_has_no_second_fact() -> None:
     assert score_facts("border red circle .", SIGN) == FactScore(2, 1, 5)
 
 
-@settings(deadline=None)  # busy machines
 @given(st.text(max_size=200))
 def test_any_text_is_scored(text: str) -> None:
     score = score_facts(text, FACTS)
     assert 0 <= score.correct <= min(score.stated, score.total)
 
 
-@settings(deadline=None)  # busy machines
 @given(st.lists(st.sampled_from([*grammar.all_words(), ".", ":", "\n", "?"]), max_size=40))
 def test_any_words_are_scored_and_repeating_them_changes_nothing(words: list[str]) -> None:
     text = " ".join(words)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from caprl_async.tiny import grammar
@@ -17,7 +17,6 @@ from caprl_async.tiny.tokenizer import SPECIAL_TOKENS, save_processor, tokenizer
 from caprl_async.tiny.world import POLICY_PROMPT, pick_asks, sample_world
 
 
-@settings(deadline=None)  # the first call loads the tokenizer
 @given(st.lists(st.sampled_from([*grammar.all_words(), ".", ":", "?", ")", "A", "Z"]), max_size=30))
 def test_words_round_trip(words: list[str]) -> None:
     text = " ".join(words)

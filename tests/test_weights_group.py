@@ -43,7 +43,7 @@ def publish(
     return sent.exception(), [future.exception() for future in received]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=3)), max_size=6),
     st.randoms(use_true_random=False),

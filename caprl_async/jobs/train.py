@@ -16,6 +16,7 @@ from rich.console import Console
 from caprl_async import conf
 from caprl_async.algorithm import CapRL, CapRLConfig
 from caprl_async.config import Config
+from caprl_async.observe.alarms import Alarms
 from caprl_async.observe.metrics import MetricsWriter
 from caprl_async.observe.overlap import overlap_from_ledger
 from caprl_async.observe.progress import Progress
@@ -105,6 +106,7 @@ class _Training:
 
     def _train(self, checkpoints: Path) -> None:
         config = self.config
+        alarms = Alarms(config.observe.bands, self.run_dir)
         with MetricsWriter(self.run_dir) as writer, Progress(config.steps, self.console) as progress:
             while self.ring.version.step < config.steps:
                 self.algorithm.train()
@@ -112,7 +114,9 @@ class _Training:
                 step = self.ring.version.step
                 if config.evaluate.interval and step % config.evaluate.interval == 0:
                     metrics |= self._evaluate(f"step-{step:06d}", "policy").flat()
-                writer.write(step, metrics)
+                for text in alarms.check(step, metrics):
+                    self.console.print(text, style="bold red", markup=False)
+                writer.write(step, {**metrics, "alarms": alarms.raised})
                 progress.show(step, metrics)
                 if step % config.checkpoint.interval == 0 or step == config.steps:
                     self._save(checkpoints, step)

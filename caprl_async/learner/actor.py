@@ -22,8 +22,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from caprl_async.config import Config
+from caprl_async.learner.batch import NotFinite
 from caprl_async.learner.engine import join_group, prepare, same_on_all_ranks
 from caprl_async.learner.model import load_policy
+from caprl_async.learner.offenders import save_offenders
 from caprl_async.learner.snapshot import (
     Snapshot,
     check_same_shape,
@@ -166,7 +168,8 @@ class LearnerActor:
         Raises:
             RanksDisagree: the ranks did not get the same batch.
             LearnerStopped: while waiting.
-            BadBatch, PixelsDiffer, LossNotFinite, GradientNotFinite: from the trainer.
+            BadBatch, PixelsDiffer, NotFinite, GradientNotFinite: from the trainer. The captions of a
+                NotFinite are in `run_dir/not_finite/`.
         """
         with self._stepping:
             return self._step(version)
@@ -182,7 +185,12 @@ class LearnerActor:
             raise RanksDisagree(f"{self!r} at {version}: {_describe(batch)}; another rank has other groups")
         if batch is None:
             return StepReport(version, started, time.time(), started - asked, done=True)
-        metrics = trainer.train(batch)
+        try:
+            metrics = trainer.train(batch)
+        except NotFinite as error:
+            path = Path(self.config.run_dir) / "not_finite" / f"{version}-rank-{self.rank}.json"
+            save_offenders(path, batch, error)
+            raise NotFinite(f"{error}; these captions are in {path}", error.captions) from error
         after = Version(version.epoch, version.step + 1)
         metrics["snapshot_s"] = self._take_snapshot(after)
         return StepReport(after, started, time.time(), started - asked, metrics)

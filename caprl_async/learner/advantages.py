@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from caprl_async.config import AdvantageKind
+from caprl_async.config import AdvantageConfig, AdvantageKind
 
 STD_FLOOR = 1e-6
-"""Added to the standard deviation; far below any spread that the queue lets through as a group."""
+"""Added to standard deviations; far below any spread that the queue lets through as a group."""
 
 
 def group_advantages(rewards: Tensor, kind: AdvantageKind) -> Tensor:
     """Advantages [..., n] of rewards [..., n]; the last dimension is one group. Computed in float64.
 
     With m the mean of the group:
-    - mean_std: `(r - m) / (std + 1e-6)`, std with n - 1 in the denominator (GRPO, arXiv 2402.03300).
+    - mean_std: `(r - m) / (std + 1e-6)`, std with n - 1 in the denominator (GRPO, arXiv 2402.03300 eq. 3).
     - mean: `r - m` (Dr. GRPO, arXiv 2503.20783).
     - rloo: `r_i - mean of the others = n / (n - 1) * (r_i - m)` (RLOO, arXiv 2402.14740).
 
@@ -33,3 +35,18 @@ def group_advantages(rewards: Tensor, kind: AdvantageKind) -> Tensor:
     if kind is AdvantageKind.rloo:
         return centred * (n / (n - 1))
     return centred / (rewards.std(-1, keepdim=True) + STD_FLOOR)
+
+
+def batch_advantages(groups: Sequence[Sequence[float]], config: AdvantageConfig) -> list[list[float]]:
+    """Advantages of all captions of a batch, group by group; all 0 in a group of equal rewards.
+
+    With `batch_norm` they are divided by `std + 1e-6` over the captions of the groups that have a difference
+    (their mean is 0 already; REINFORCE++, arXiv 2501.03262); then cut to +-`clip`.
+    """
+    found = [group_advantages(torch.tensor(group, dtype=torch.float64), config.kind) for group in groups]
+    if config.batch_norm and (differing := [group for group in found if group.any()]):
+        scale = torch.cat(differing).std() + STD_FLOOR
+        found = [group / scale for group in found]
+    if config.clip > 0:
+        found = [group.clamp(-config.clip, config.clip) for group in found]
+    return [group.tolist() for group in found]

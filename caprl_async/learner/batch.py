@@ -10,17 +10,26 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 
-import torch
-
-from caprl_async.config import AdvantageKind, Aggregation
+from caprl_async.config import AdvantageConfig, Aggregation
 from caprl_async.data.processor import Grid
-from caprl_async.learner.advantages import group_advantages
+from caprl_async.learner.advantages import batch_advantages
 from caprl_async.learner.losses import token_weights
 from caprl_async.types import ImageRef, ScoredGroup, TrainBatch
 
 
 class BadBatch(ValueError):
     """A train batch contradicts itself, by a fault of its sender; the message names the prompt."""
+
+
+class NotFinite(FloatingPointError):
+    """A log-probability, reward or loss is NaN or infinite; no optimizer has moved."""
+
+    def __init__(self, message: str, captions: Sequence[str]) -> None:
+        super().__init__(message)
+        self.captions = tuple(captions)  # names of the offending ones
+
+    def __reduce__(self) -> tuple[type[NotFinite], tuple[str, tuple[str, ...]]]:
+        return type(self), (str(self), self.captions)
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,8 @@ class TrainSequence:
     caption: tuple[int, ...]  # T token ids
     behaviour: tuple[float, ...]  # T
     staleness: tuple[int, ...]  # T, learner steps
-    advantage: float
+    reward: float
+    advantage: float = 0.0
     weight: float = 0.0  # of each of its tokens in the loss; 0: computed, but trains nothing
 
     @property
@@ -76,24 +86,20 @@ class Plan:
 # ---------------------------------------------------------------- sequences
 
 
-def make_sequences(
-    batch: TrainBatch, kind: AdvantageKind, banned: Collection[int] = ()
-) -> list[TrainSequence]:
-    """The captions of all groups with something to learn; groups of equal rewards are left out.
+def make_sequences(batch: TrainBatch, banned: Collection[int] = ()) -> list[TrainSequence]:
+    """The captions of all groups, with their rewards.
 
     Raises:
         BadBatch: lengths, versions, rewards or images of a group do not fit together, or a caption holds a
             token that the engine must not sample (`banned`).
+        NotFinite: a reward or a log-probability is no number.
     """
     sequences: list[TrainSequence] = []
     never = frozenset(banned)
     for number, scored in enumerate(batch.groups):
         rewards = check_group(scored)
-        advantages = group_advantages(torch.tensor(rewards, dtype=torch.float64), kind).tolist()
-        if not any(advantages):
-            continue
         group = scored.group
-        for i, (caption, advantage) in enumerate(zip(group.captions, advantages, strict=True)):
+        for i, (caption, reward) in enumerate(zip(group.captions, rewards, strict=True)):
             if not never.isdisjoint(caption.token_ids):
                 raise BadBatch(
                     f"{group.key}@{group.attempt}[{i}]: holds the banned tokens "
@@ -113,10 +119,22 @@ def make_sequences(
                     caption=caption.token_ids,
                     behaviour=caption.logprobs,
                     staleness=tuple(staleness),
-                    advantage=advantage,
+                    reward=reward,
                 )
             )
     return sequences
+
+
+def with_advantages(sequences: Sequence[TrainSequence], config: AdvantageConfig) -> list[TrainSequence]:
+    """The captions of the groups with something to learn; groups of equal rewards are left out."""
+    groups = [list(members) for _, members in groupby(sequences, key=lambda s: s.group)]
+    found = batch_advantages([[s.reward for s in members] for members in groups], config)
+    return [
+        replace(s, advantage=advantage)
+        for members, advantages in zip(groups, found, strict=True)
+        if any(advantages)
+        for s, advantage in zip(members, advantages, strict=True)
+    ]
 
 
 def check_group(scored: ScoredGroup) -> list[float]:
@@ -124,6 +142,7 @@ def check_group(scored: ScoredGroup) -> list[float]:
 
     Raises:
         BadBatch: they do not.
+        NotFinite: a reward or a log-probability is no number.
     """
     group = scored.group
     name = f"{group.key}@{group.attempt}"
@@ -137,7 +156,7 @@ def check_group(scored: ScoredGroup) -> list[float]:
         length = len(caption.token_ids)
         covered = [t for span in caption.spans for t in range(span.start, span.end)]
         if not all(map(math.isfinite, caption.logprobs)):
-            raise BadBatch(f"{name}[{i}]: the engine's log-probabilities are not all finite")
+            raise NotFinite(f"{name}[{i}]: the engine's log-probabilities are not finite", [f"{name}[{i}]"])
         if length == 0 or len(caption.logprobs) != length or covered != list(range(length)):
             raise BadBatch(
                 f"{name}[{i}]: {length} tokens, {len(caption.logprobs)} log-probabilities, versions of "
@@ -147,15 +166,18 @@ def check_group(scored: ScoredGroup) -> list[float]:
     rewards = [total for total in totals if total is not None]
     if len(rewards) != len(totals):
         raise BadBatch(f"{name}: a caption without a reward must leave its group before the batch is cut")
+    wrong = [f"{name}[{i}]" for i, reward in enumerate(rewards) if not math.isfinite(reward)]
+    if wrong:
+        raise NotFinite(f"the rewards of {', '.join(wrong)} are not finite", wrong)
     return rewards
 
 
 def split_updates(
-    sequences: Sequence[TrainSequence], updates: int, aggregation: Aggregation
+    sequences: Sequence[TrainSequence], updates: int, aggregation: Aggregation, sum_length: int = 1
 ) -> list[list[TrainSequence]]:
     """Cuts the batch into at most `updates` parts of whole groups, in its order, and weighs them.
 
-    Each part is one optimizer step, so the token weights sum to 1 within each.
+    Each part is one optimizer step, so the token weights are those of the part alone.
     """
     groups = [list(members) for _, members in groupby(sequences, key=lambda s: s.group)]
     parts = min(updates, len(groups))
@@ -163,7 +185,7 @@ def split_updates(
     result = []
     for start, end in pairwise(cuts):
         part = [s for group in groups[start:end] for s in group]
-        weights = token_weights([len(s.caption) for s in part], aggregation)
+        weights = token_weights([len(s.caption) for s in part], aggregation, sum_length)
         result.append([replace(s, weight=w) for s, w in zip(part, weights, strict=True)])
     return result
 

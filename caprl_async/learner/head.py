@@ -29,7 +29,7 @@ class ScoringHead(nn.Module):
         self.register_buffer("banned", mask, persistent=False)
 
     def forward(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """(log-probabilities [T], entropies [T] without gradient) of tokens [T] after states [T, D]."""
+        """(log-probabilities [T], entropies [T]) of tokens [T] after states [T, D]."""
         return _TokenLogProbs.apply(states, self.weight, targets, self.banned, self.temperature, self.chunk)
 
 
@@ -59,22 +59,38 @@ class _TokenLogProbs(torch.autograd.Function):
             entropies.append(torch.special.entr(logprobs.exp_()).sum(-1))
         ctx.save_for_backward(states, weight, targets, banned)
         ctx.temperature, ctx.chunk = temperature, chunk
-        entropy = torch.cat(entropies)
-        ctx.mark_non_differentiable(entropy)
-        return torch.cat(chosen), entropy
+        ctx.set_materialize_grads(False)  # no bonus, no gradient of the entropy
+        return torch.cat(chosen), torch.cat(entropies)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        # d logp_target / d logits = (onehot(target) - softmax) / temperature; 0 for banned tokens.
+    def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         states, weight, targets, banned = ctx.saved_tensors
+        given = grad if grad is not None else grad_entropy
+        if given is None:
+            return None, None, None, None, None, None
+        grad = given.new_zeros(len(targets)) if grad is None else grad
         grad_states = torch.empty_like(states)
         grad_weight = torch.zeros_like(weight, dtype=grad.dtype)  # chunks add up in full precision
+        bonus = [None] * len(targets) if grad_entropy is None else grad_entropy.split(ctx.chunk)
         pieces = zip(*(x.split(ctx.chunk) for x in (states, targets, grad, grad_states)), strict=True)
-        for part, wanted, slope, into in pieces:
-            scaled = (slope / ctx.temperature).unsqueeze(-1)
-            grad_logits = _log_softmax(part, weight, banned, ctx.temperature).exp_().mul_(-scaled)
-            grad_logits.scatter_add_(-1, wanted.unsqueeze(-1), scaled)
+        for (part, wanted, slope, into), extra in zip(pieces, bonus, strict=False):
+            logprobs = _log_softmax(part, weight, banned, ctx.temperature)
+            grad_logits = _slope(logprobs, wanted, slope, extra).div_(ctx.temperature)
             torch.mm(grad_logits.to(weight.dtype), weight, out=into)
             grad_weight.addmm_(grad_logits.T, part.to(grad.dtype))
         return grad_states, grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _slope(logprobs: Tensor, targets: Tensor, grad: Tensor, grad_entropy: Tensor | None) -> Tensor:
+    """Gradient [T, V] of the scaled logits z, 0 for banned tokens.
+
+    d logp_target / dz = onehot(target) - p;  d H / dz = -p (log p + H).
+    """
+    probabilities = logprobs.exp()
+    slope = probabilities * -grad.unsqueeze(-1)
+    if grad_entropy is not None:
+        surprise = torch.special.entr(probabilities)
+        total = surprise.sum(-1, keepdim=True)
+        slope += (surprise - probabilities * total) * grad_entropy.unsqueeze(-1)
+    return slope.scatter_add_(-1, targets.unsqueeze(-1), grad.unsqueeze(-1))

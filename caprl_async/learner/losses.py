@@ -1,124 +1,114 @@
-"""The policy loss on tokens: decoupled PPO with truncated importance weights, and its statistics.
-
-Three policies meet in it. `behaviour` sampled the tokens, `proximal` is the one the update stays close to,
-`current` is being trained. Everything is a flat vector over caption tokens, [T].
-"""
+"""The loss of an update on caption tokens: corrected policy gradient, KL, entropy; see `corrections`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from caprl_async.config import Aggregation, CorrectionConfig
+from caprl_async.config import Aggregation, KLEstimator, KLPlace, LearnerConfig
+from caprl_async.learner.corrections import importance_weights, trust_region
 
 
-def token_weights(lengths: Sequence[int], aggregation: Aggregation) -> list[float]:
+def token_weights(lengths: Sequence[int], aggregation: Aggregation, sum_length: int) -> list[float]:
     """What one token of each caption weighs in the loss of an update; `lengths` are of *all* its captions.
 
-    token_mean: every token `1 / sum of lengths`.
-    sequence_mean: a token of caption i `1 / (captions * length_i)`.
-    The weights of all tokens sum to 1 over micro-batches and ranks, so neither changes the gradient.
+    - token_mean: every token `1 / sum of lengths` (DAPO, arXiv 2503.14476).
+    - sequence_mean: a token of caption i `1 / (captions * length_i)` (GRPO, arXiv 2402.03300 eq. 3).
+    - sequence_sum: every token `1 / (captions * sum_length)` (Dr. GRPO, arXiv 2503.20783).
+
+    They depend on the whole update alone, so that micro-batches and ranks change no gradient.
     """
     if aggregation is Aggregation.token_mean:
         total = sum(lengths)
         return [1.0 / total] * len(lengths)
+    if aggregation is Aggregation.sequence_sum:
+        return [1.0 / (len(lengths) * sum_length)] * len(lengths)
     return [1.0 / (len(lengths) * length) for length in lengths]
+
+
+def kl_estimate(policy: Tensor, reference: Tensor, kind: KLEstimator) -> Tensor:
+    """Per-token estimate of KL(policy || reference) from tokens of the policy, [T] (Schulman 2020).
+
+    With `d = policy - reference`: k1 `d`, k2 `d^2 / 2`, k3 `exp(-d) - 1 + d`.
+    """
+    away = policy - reference
+    if kind is KLEstimator.k1:
+        return away
+    if kind is KLEstimator.k2:
+        return away.square() / 2
+    return torch.exp(-away) - 1.0 + away
+
+
+@dataclass(frozen=True)
+class LossTokens:
+    """What the loss needs to know of T caption tokens; all [T]."""
+
+    behaviour: Tensor  # log-probabilities when sampled
+    advantages: Tensor
+    weights: Tensor  # from `token_weights`; 0 takes a token out
+    rows: Tensor  # number of the caption, int
+    staleness: Tensor  # learner steps
 
 
 @dataclass(frozen=True)
 class TokenStats:
     """What happened to each token in one loss call; all [T], detached."""
 
-    ratio: Tensor  # current / proximal
-    importance: Tensor  # proximal / behaviour, truncated
-    clipped: Tensor  # 1 where the clip took the gradient away
+    ratio: Tensor  # current / proximal, per token or caption
+    importance: Tensor  # proximal / behaviour, after its bounds
+    bounded: Tensor  # 1 where a bound changed the importance weight
+    clipped: Tensor  # 1 where the trust region took the gradient away
     gap: Tensor  # current - behaviour log-probability
-    kl: Tensor  # k3 estimate to the reference; 0 without one
+    kl: Tensor  # estimate of the KL to the reference; 0 without one
+    staleness: Tensor
+    entropy: Tensor
 
 
 def policy_loss(
     current: Tensor,
+    entropy: Tensor,
     proximal: Tensor,
-    behaviour: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    correction: CorrectionConfig,
-    *,
+    tokens: LossTokens,
+    config: LearnerConfig,
     reference: Tensor | None = None,
-    kl_coef: float = 0.0,
 ) -> tuple[Tensor, TokenStats]:
     """Loss of the tokens at hand; the losses of all micro-batches of all ranks add up to the update's loss.
 
-        w_t = min(exp(proximal_t - behaviour_t), importance_max), no gradient
-        r_t = exp(current_t - proximal_t)
-        loss = sum_t weights_t * (-w_t * min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t) + kl_coef * k3_t)
-        k3_t = exp(reference_t - current_t) - (reference_t - current_t) - 1
+        loss = sum_t weight_t * (-w_t * gain_t + kl.coef * KL_t - entropy_coef * H_t)
 
-    Decoupled objective: arXiv 2110.00641 and AReaL (arXiv 2505.24298); k3: Schulman 2020. The KL term is not
-    importance-weighted, as in GRPO.
+    `w` and `gain` are those of `corrections`. The KL term is not importance-weighted, as in GRPO; with
+    `kl.place: reward` it is in the advantages already.
 
     Args:
-        current: log-probabilities [T] with gradient; proximal, behaviour, reference: [T] without.
-        advantages: [T], a caption's advantage on each of its tokens.
-        weights: [T], from `token_weights`; 0 takes a token out.
+        current, entropy: log-probabilities and entropies [T] with gradient.
+        proximal, reference: log-probabilities [T] without.
     """
-    proximal = proximal.detach()
-    importance = torch.exp(proximal - behaviour)
-    if correction.importance_max > 0:
-        importance = importance.clamp(max=correction.importance_max)
-    ratio = torch.exp(current - proximal)
-    free = ratio * advantages
-    bound = ratio.clamp(1.0 - correction.clip_low, 1.0 + correction.clip_high) * advantages
-    per_token = -importance * torch.minimum(free, bound)
+    correction = config.correction
+    importance, bounded = importance_weights(
+        proximal.detach(), tokens.behaviour, tokens.rows, correction.importance
+    )
+    gain, ratio, clipped = trust_region(
+        current, proximal.detach(), tokens.advantages, tokens.rows, correction.trust_region
+    )
+    per_token = -importance * gain
     kl = torch.zeros_like(current)
     if reference is not None:
-        away = reference - current
-        kl = torch.exp(away) - away - 1.0
-        per_token = per_token + kl_coef * kl
+        kl = kl_estimate(current, reference, config.kl.estimator)
+        if config.kl.place is KLPlace.loss:
+            per_token = per_token + config.kl.coef * kl
+    if config.entropy_coef:
+        per_token = per_token - config.entropy_coef * entropy
     stats = TokenStats(
-        ratio=ratio.detach(),
+        ratio=ratio,
         importance=importance,
-        clipped=(bound < free).detach().to(current.dtype),
-        gap=(current - behaviour).detach(),
+        bounded=bounded,
+        clipped=clipped,
+        gap=(current - tokens.behaviour).detach(),
         kl=kl.detach(),
+        staleness=tokens.staleness,
+        entropy=entropy.detach(),
     )
-    return (weights * per_token).sum(), stats
-
-
-def summarise(stats: TokenStats, entropy: Tensor, staleness: Tensor) -> dict[str, float]:
-    """Metrics of one update from the tokens of all its captions (all [T], any float type, T > 0).
-
-    `effective_samples` is `(sum w)^2 / (T * sum w^2)` of the whole weight `importance * ratio`: 1 on policy,
-    towards 0 when few tokens carry the update. The `logprob_gap` is learner minus engine; over tokens of
-    staleness 0 (`_fresh`) it is the mismatch of the two programs and nothing else; NaN without such tokens.
-    """
-    whole = (stats.importance * stats.ratio).double()
-    gap = stats.gap.double().abs()
-    fresh = gap[staleness == 0]
-    return {
-        "clip_fraction": stats.clipped.mean().item(),
-        "ratio_mean": stats.ratio.mean().item(),
-        "ratio_max": stats.ratio.max().item(),
-        "importance_mean": stats.importance.mean().item(),
-        "importance_max": stats.importance.max().item(),
-        "effective_samples": (whole.sum().square() / (len(whole) * whole.square().sum())).item(),
-        "entropy": entropy.mean().item(),
-        "kl": stats.kl.mean().item(),
-        "logprob_gap_mean": gap.mean().item(),
-        "logprob_gap_p99": _quantile(gap, 0.99),
-        "logprob_gap_max": gap.max().item(),
-        "logprob_gap_fresh_mean": fresh.mean().item() if len(fresh) else math.nan,
-        "logprob_gap_fresh_max": fresh.max().item() if len(fresh) else math.nan,
-        "token_staleness_mean": staleness.double().mean().item(),
-        "token_staleness_max": staleness.double().max().item(),
-    }
-
-
-def _quantile(values: Tensor, share: float) -> float:
-    """Nearest-rank quantile; `torch.quantile` refuses more than 16 M values."""
-    rank = min(len(values), max(1, round(share * len(values))))
-    return values.kthvalue(rank).values.item()
+    return (tokens.weights * per_token).sum(), stats

@@ -78,7 +78,7 @@ class PolicyModel(nn.Module):
         self.hf: Any = hf
 
     def forward(self, batch: MicroTensors) -> tuple[Tensor, Tensor]:
-        """(log-probabilities [T] with gradient, entropies [T] without) of the caption tokens."""
+        """(log-probabilities [T], entropies [T]) of the caption tokens."""
         states = self._hidden(batch).flatten(0, 1)[batch.sources]
         return self.hf.lm_head(states, batch.targets)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from caprl_async.data.processor import Grid
 from caprl_async.learner.batch import BadBatch, MicroBatch, TrainSequence
+from caprl_async.learner.losses import LossTokens
 
 Positions = Callable[[tuple[int, ...], Grid], Tensor]
 """(prompt token ids, grid) -> rotary positions [3, P]."""
@@ -35,6 +36,10 @@ class MicroTensors:
     advantages: Tensor  # [T]
     weights: Tensor  # [T]
     staleness: Tensor  # [T]
+
+    @property
+    def loss_tokens(self) -> LossTokens:
+        return LossTokens(self.behaviour, self.advantages, self.weights, self.token_rows, self.staleness)
 
     def to(self, device: torch.device) -> MicroTensors:
         moved: dict[str, Any] = {

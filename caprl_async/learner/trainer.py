@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import time
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from caprl_async.config import Config, Proximal
+from caprl_async.config import Config, KLPlace, Proximal
 from caprl_async.data.processor import PolicyProcessor
-from caprl_async.learner.batch import MicroBatch, Plan, make_plan, make_sequences, split_updates
+from caprl_async.learner.batch import (
+    MicroBatch,
+    NotFinite,
+    Plan,
+    TrainSequence,
+    make_plan,
+    make_sequences,
+    split_updates,
+    with_advantages,
+)
+from caprl_async.learner.corrections import proximal_logprobs
 from caprl_async.learner.engine import TrainEngine, gather_rows, learning_rate, ranks_where
-from caprl_async.learner.losses import TokenStats, policy_loss, summarise
+from caprl_async.learner.losses import TokenStats, kl_estimate, policy_loss
 from caprl_async.learner.model import PolicyModel, load_policy, prompt_positions
 from caprl_async.learner.pixels import PixelCache
+from caprl_async.learner.statistics import summarise
 from caprl_async.learner.tensors import MicroTensors, collate
 from caprl_async.types import TrainBatch
-
-
-class LossNotFinite(FloatingPointError):
-    """A loss or log-probability is NaN or infinite; no optimizer has moved. Names the captions."""
 
 
 class Trainer:
@@ -50,7 +58,7 @@ class Trainer:
         policy.train() if config.learner.gradient_checkpointing else policy.eval()
 
     def _reference(self) -> PolicyModel | None:
-        if self.config.learner.kl_coef == 0.0:
+        if self.config.learner.kl.coef == 0.0:
             return None
         frozen = load_policy(self.config.policy.model, self.config.learner.dtype)
         return self._scored(frozen).requires_grad_(False).eval()
@@ -68,16 +76,20 @@ class Trainer:
         A batch in which no group has anything to learn moves nothing.
 
         Raises:
-            BadBatch, PixelsDiffer, LossNotFinite, GradientNotFinite: see there.
+            BadBatch, PixelsDiffer, NotFinite, GradientNotFinite: see there.
         """
         began = time.perf_counter()
         learner = self.config.learner
-        sequences = make_sequences(batch, learner.advantage, self.banned)
-        parts = split_updates(sequences, learner.updates_per_batch, learner.aggregation)
+        sequences = make_sequences(batch, self.banned)
+        metrics: dict[str, float] = {}
+        if self.reference is not None and learner.kl.place is KLPlace.reward:
+            sequences, metrics["kl_penalty_mean"] = self._penalised(sequences)
+        sequences = with_advantages(sequences, learner.advantage)
+        sum_length = learner.sum_length or self.config.rollout.max_tokens
+        parts = split_updates(sequences, learner.updates_per_batch, learner.aggregation, sum_length)
         plans = [make_plan(part, self.world, learner.micro_batch_tokens) for part in parts]
-        lr = learning_rate(batch.version.step, self.config.steps, learner)
-        metrics = _batch_metrics(batch, plans)
-        metrics["lr"] = lr
+        metrics |= _batch_metrics(batch, plans)
+        lr = metrics["lr"] = learning_rate(batch.version.step, self.config.steps, learner)
         # Before the first update the policy is the proximal one: only later parts need a pass of their own.
         anchors = [None, *(self._anchor(plan) for plan in plans[1:])]
         updates = [self._update(plan, anchor, lr) for plan, anchor in zip(plans, anchors, strict=False)]
@@ -86,9 +98,30 @@ class Trainer:
         metrics["train_s"] = time.perf_counter() - began
         return metrics
 
+    def _penalised(self, sequences: Sequence[TrainSequence]) -> tuple[list[TrainSequence], float]:
+        """Takes `kl.coef * sum_t KL_t` off each reward, of the policy that sampled it; and its mean."""
+        places = {s.name: i for i, s in enumerate(sequences)}
+        plan = make_plan(
+            [replace(s, weight=1.0) for s in sequences], self.world, self.config.learner.micro_batch_tokens
+        )
+        found = torch.zeros(len(sequences), dtype=torch.float64, device=self.device)
+        for micro in plan.ranks[self.rank]:
+            tensors = self._tensors(micro)
+            reference = self._reference_logprobs(tensors)
+            assert reference is not None
+            kl = kl_estimate(tensors.behaviour, reference, self.config.learner.kl.estimator).double()
+            kl = kl.masked_fill(tensors.weights == 0, 0.0)  # filler
+            rows = torch.tensor([places[name] for name in tensors.names], device=self.device)
+            found.index_add_(0, rows[tensors.token_rows], kl)
+        penalties = (self.config.learner.kl.coef * gather_rows(found.unsqueeze(1)).sum(1)).tolist()
+        mean = sum(penalties) / max(1, len(penalties))
+        return [
+            replace(s, reward=s.reward - penalty) for s, penalty in zip(sequences, penalties, strict=True)
+        ], mean
+
     def _anchor(self, plan: Plan) -> list[Tensor] | None:
-        """Proximal log-probabilities of this rank's micro-batches, from the weights before any update."""
-        if self.config.learner.correction.proximal is Proximal.behaviour:
+        """Log-probabilities of this rank's micro-batches from the weights before any update, if needed."""
+        if self.config.learner.correction.proximal is not Proximal.recompute:
             return None
         with torch.no_grad():
             return [self.engine.forward(self._tensors(micro))[0] for micro in plan.ranks[self.rank]]
@@ -103,29 +136,28 @@ class Trainer:
         for i, micro in enumerate(micros):
             tensors = self._tensors(micro)
             current, entropy = self.engine.forward(tensors)
-            if learner.correction.proximal is Proximal.behaviour:
-                proximal = tensors.behaviour
-            else:
-                proximal = anchor[i] if anchor is not None else current.detach()
-            loss, stats = policy_loss(
+            proximal = proximal_logprobs(
+                learner.correction.proximal,
                 current,
-                proximal,
+                anchor[i] if anchor is not None else None,
                 tensors.behaviour,
-                tensors.advantages,
-                tensors.weights,
-                learner.correction,
-                reference=self._reference_logprobs(tensors),
-                kl_coef=learner.kl_coef,
+                tensors.staleness,
             )
+            reference = self._reference_logprobs(tensors)
+            loss, stats = policy_loss(current, entropy, proximal, tensors.loss_tokens, learner, reference)
             wrong += _not_finite(tensors, current, loss)
             self.engine.backward(loss, last=i == len(micros) - 1)
             total += loss.detach()
-            rows.append(_stat_rows(stats, entropy, tensors))
+            rows.append(_stat_rows(stats, tensors.weights > 0))
         self._stop_if(wrong)
         norm = self.engine.step(lr)
         everywhere = gather_rows(torch.cat(rows, dim=1))
         losses = gather_rows(total.reshape(1, 1))
-        return {"loss": losses.sum().item(), "grad_norm": norm, **_summary(everywhere)}
+        return {
+            "loss": losses.sum().item(),
+            "grad_norm": norm,
+            **summarise(TokenStats(*everywhere.unbind(0))),
+        }
 
     def _tensors(self, micro: MicroBatch) -> MicroTensors:
         return collate(micro, self.pixels, self.positions, torch.float32).to(self.device)
@@ -140,29 +172,24 @@ class Trainer:
         """All ranks stop together, before any optimizer moves.
 
         Raises:
-            LossNotFinite: on every rank if it happened on one.
+            NotFinite: on every rank if it happened on one.
         """
         ranks = ranks_where(bool(wrong), self.device)
         if ranks:
             named = ", ".join(wrong[:8]) or "captions of other ranks, see their errors"
-            raise LossNotFinite(
+            raise NotFinite(
                 f"loss or log-probabilities are not finite on ranks {ranks}: {named}; the weights may have "
-                "diverged: go on from an earlier checkpoint with a lower learner.lr"
+                "diverged: go on from an earlier checkpoint with a lower learner.lr",
+                wrong,
             )
 
 
 # ---------------------------------------------------------------- metrics
 
 
-def _stat_rows(stats: TokenStats, entropy: Tensor, tensors: MicroTensors) -> Tensor:
+def _stat_rows(stats: TokenStats, real: Tensor) -> Tensor:
     """Per-token statistics [k, T] without filler."""
-    columns = [getattr(stats, f.name) for f in fields(TokenStats)] + [entropy, tensors.staleness]
-    return torch.stack([column.float() for column in columns])[:, tensors.weights > 0]
-
-
-def _summary(rows: Tensor) -> dict[str, float]:
-    *stats, entropy, staleness = rows.unbind(0)
-    return summarise(TokenStats(*stats), entropy, staleness)
+    return torch.stack([getattr(stats, f.name).float() for f in fields(TokenStats)])[:, real]
 
 
 def _not_finite(tensors: MicroTensors, logprobs: Tensor, loss: Tensor) -> list[str]:

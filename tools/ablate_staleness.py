@@ -1,0 +1,188 @@
+"""Does the correction matter, and how much staleness is worth its speed? `python tools/ablate_staleness.py`.
+
+Trains the demo's captioner with `max_staleness` 0, 1, 2, 4 and 8, with truncated importance weights and with
+none, three seeds each. One run a cell, one after the other; wall-clock is one of the axes, so the machine
+should be quiet. Each finished cell is written at once, and a cell that is there is not run again. The table,
+the plot and the cells lie in `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from caprl_async.observe.metrics import read_metrics
+
+LAGS = (0, 1, 2, 4, 8)
+CORRECTIONS = {
+    "tis": ["conf=conf/presets/tis.yaml"],
+    "none": ["conf=conf/presets/tis.yaml", "learner.correction.importance.level=none"],
+}
+BASE = ["replay.batch_groups=8", "evaluate.dense_policy=", "checkpoint.interval=1000"]
+CELL_LIMIT_S = 1200.0
+_SMOOTH = 5  # steps
+
+
+@dataclass(frozen=True)
+class Cell:
+    lag: int
+    correction: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"lag{self.lag}-{self.correction}-seed{self.seed}"
+
+
+def train(cell: Cell, steps: int, overrides: Sequence[str]) -> dict[str, Any]:
+    """One run of the demo: its curve and its result.
+
+    Raises:
+        SystemExit: it failed or took too long.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = Path(folder) / "run"
+        confs = [a for a in CORRECTIONS[cell.correction] if a.startswith("conf=")]
+        keys = [a for a in CORRECTIONS[cell.correction] if not a.startswith("conf=")]
+        own = [
+            f"seed={cell.seed}",
+            f"steps={steps}",
+            f"replay.max_staleness={cell.lag}",
+            f"run_dir={run_dir}",
+        ]
+        command = [sys.executable, "-m", "caprl_async.run", "conf=conf/demo.yaml", *confs, *BASE, *keys, *own]
+        process = subprocess.Popen([*command, *overrides])
+        try:
+            code = process.wait(CELL_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # the run stops its own processes
+            process.wait()
+            raise SystemExit(f"{cell.name} took more than {CELL_LIMIT_S:.0f} s") from None
+        if code:
+            raise SystemExit(f"{cell.name} ended with {code}")
+        rows = read_metrics(run_dir)
+        result = json.loads((run_dir / "result.json").read_text())
+    began = rows[0]["time"] or 0.0
+    curve = [
+        [row["step"], round((row["time"] or 0.0) - began, 2), row["captions_sampled"], row["reward_all_mean"]]
+        for row in rows
+    ]
+    return {
+        "lag": cell.lag,
+        "correction": cell.correction,
+        "seed": cell.seed,
+        "steps": steps,
+        "overrides": list(overrides),
+        "columns": ["step", "seconds since the first step", "captions sampled", "mean reward of all groups"],
+        "curve": curve,
+        "staleness_mean": result["staleness_mean"],
+        "effective_samples": statistics.fmean(row["effective_samples"] or 0.0 for row in rows),
+        "start": result["start"],
+        "trained": result["trained"],
+    }
+
+
+# ---------------------------------------------------------------- what it shows
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Mean over the last steps."""
+    return [statistics.fmean(values[max(0, i - _SMOOTH + 1) : i + 1]) for i in range(len(values))]
+
+
+def table(cells: Sequence[dict[str, Any]]) -> str:
+    """Markdown; means over the seeds, with the least and the largest where it says so."""
+    head = [
+        *("max_staleness", "correction", "seeds", "mean staleness", "effective samples"),
+        *("reward, last 10 steps", "held-out accuracy", "seconds per step"),
+    ]
+    lines = [head, ["---"] * len(head)]
+    for lag, correction in itertools.product(LAGS, CORRECTIONS):
+        found = [c for c in cells if (c["lag"], c["correction"]) == (lag, correction)]
+        if not found:
+            continue
+        rewards = [statistics.fmean(point[3] for point in c["curve"][-10:]) for c in found]
+        accuracy = [c["trained"]["heldout_judge"] for c in found]
+        speed = [c["curve"][-1][1] / (len(c["curve"]) - 1) for c in found]
+        lines.append(
+            [
+                *(str(lag), correction, str(len(found))),
+                f"{statistics.fmean(c['staleness_mean'] for c in found):.2f}",
+                f"{statistics.fmean(c['effective_samples'] for c in found):.3f}",
+                *(_spread(rewards, 3), _spread(accuracy, 3), _spread(speed, 2)),
+            ]
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    mean = statistics.fmean(values)
+    return f"{mean:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def plot(cells: Sequence[dict[str, Any]], path: Path) -> None:
+    """Reward against samples and against seconds; one colour a lag, dashed without correction."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, column, label in zip(
+        figure.subplots(1, 2, sharey=True), (2, 1), ("captions sampled", "seconds"), strict=True
+    ):
+        for cell in cells:
+            axis.plot(
+                [point[column] for point in cell["curve"]],
+                smooth([point[3] for point in cell["curve"]]),
+                color=f"C{LAGS.index(cell['lag'])}",
+                linestyle="-" if cell["correction"] == "tis" else "--",
+                linewidth=1,
+                alpha=0.8,
+                label=f"max_staleness {cell['lag']}, {cell['correction']}" if cell["seed"] == 0 else None,
+            )
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    figure.axes[0].set_ylabel(f"mean reward (over {_SMOOTH} steps)")
+    figure.axes[1].legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--lags", nargs="+", type=int, default=list(LAGS), choices=LAGS)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--out", type=Path, default=Path("docs/staleness"))
+    parser.add_argument("--only-show", action="store_true", help="table and plot of the cells that are there")
+    parser.add_argument("overrides", nargs="*", help="conf keys, key=value")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    wanted = [Cell(lag, c, seed) for seed in args.seeds for lag in args.lags for c in CORRECTIONS]
+    for number, cell in enumerate(wanted, 1):
+        path = args.out / f"{cell.name}.json"
+        if args.only_show or path.exists():
+            continue
+        print(f"cell {number} of {len(wanted)}: {cell.name}", flush=True)
+        path.write_text(json.dumps(train(cell, args.steps, args.overrides)) + "\n")
+    cells = [json.loads(path.read_text()) for path in sorted(args.out.glob("lag*.json"))]
+    text = table(cells)
+    (args.out / "table.md").write_text(text + "\n")
+    plot(cells, args.out / "reward.png")
+    print(text)
+    print(json.dumps({"cells": len(cells), "wanted": len(wanted), "out": str(args.out)}))
+
+
+if __name__ == "__main__":
+    main()
