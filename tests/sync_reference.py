@@ -1,4 +1,4 @@
-"""CapRL, synchronous, in about 100 lines of transformers and plain torch: no Ray, no vLLM, none of our code.
+"""CapRL, synchronous, in a little over 100 lines of transformers and plain torch: no Ray, no vLLM, none of our code.
 
 It takes the recorded batches of a run with `max_staleness: 0` and computes from the captions, the images and
 the verdicts what the ring must have computed: rewards, advantages, and the parameters after every step.
@@ -126,7 +126,7 @@ class Reference:
         for group in self.adam.param_groups:
             group["lr"] = learning_rate(batch["version"][1], self.s)
         self.adam.step()
-        parameters = {name: p.detach().clone() for name, p in self.model.state_dict().items()}
+        parameters = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         return Step(rewards, wanted, gap, parameters)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from sync_reference import Settings, replay
+from transformers import AutoModelForImageTextToText
 
 from caprl_async import conf
 from caprl_async.config import Config
@@ -27,9 +27,9 @@ from caprl_async.types import TrainBatch, Version
 pytestmark = pytest.mark.slow
 
 STEPS = 5
-LOGPROB_TOLERANCE = 2e-4  # nats; float32 in both programs, other kernels and another order of summation
+LOGPROB_TOLERANCE = 1e-4  # nats; float32 in both programs, other kernels and another order of summation
 REWARD_TOLERANCE = 1e-6  # the same numbers, added in another order
-PARAMETER_TOLERANCE = 2e-3  # of the step's own change, as a norm over all parameters
+PARAMETER_TOLERANCE = 3e-4  # of the step's own change, as a norm over all parameters
 
 
 class Synchronous:
@@ -51,7 +51,8 @@ class Synchronous:
     def parameters(self, step: int) -> dict[str, torch.Tensor]:
         """After `step` steps."""
         folder = Path(self.config.policy.model) if step == 0 else self.run_dir / f"cut-{step}" / "hf"
-        return load_file(folder / "model.safetensors")
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+        return dict(model.named_parameters())
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +61,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Synchronous:
         [
             *("conf=conf/demo.yaml", f"run_dir={tmp_path_factory.mktemp('lag0')}", f"steps={STEPS}"),
             *("replay.max_staleness=0", "replay.batch_groups=8", "observe.record_batches=true"),
-            # Many captions are alike at the start: their groups are filtered and refilled.
-            *("replay.min_reward_spread=0.05", "evaluate.dense_policy="),
+            # So wide that some groups are filtered and refilled.
+            *("replay.min_reward_spread=0.35", "evaluate.dense_policy="),
             *("evaluate.heldout_judge.model=", "evaluate.heldout_judge.data="),
         ]
     )
@@ -127,18 +128,19 @@ def test_a_synchronous_program_of_100_lines_comes_to_the_same(run: Synchronous) 
         clip=learner.correction.trust_region.clip_high,
         importance_high=learner.correction.importance.high,
     )
-    start = run.parameters(0)
+    start = {name: p.detach() for name, p in run.parameters(0).items()}
     for step, (_, found) in enumerate(replay(run.batch_files, settings), 1):
         batch = run.batches[step - 1]
         for scored, rewards in zip(batch.groups, found.rewards, strict=True):
             assert [p.total for p in scored.rewards] == pytest.approx(rewards, abs=REWARD_TOLERANCE)
         ours_of = [[p.total or 0.0 for p in scored.rewards] for scored in batch.groups]
         for mine, theirs in zip(batch_advantages(ours_of, learner.advantage), found.advantages, strict=True):
-            assert mine == pytest.approx(theirs, abs=1e-4)  # a spread of 0.05 magnifies the rewards' 1e-6
+            assert mine == pytest.approx(theirs, abs=1e-4)  # a small spread magnifies the rewards' 1e-6
         assert found.gap < LOGPROB_TOLERANCE
-        ours = run.parameters(step)
-        assert set(ours) <= set(found.parameters)
+        ours = {name: p.detach() for name, p in run.parameters(step).items()}
+        assert set(ours) == set(found.parameters)
         moved = sum((ours[n] - start[n]).double().square().sum() for n in ours).sqrt()
         apart = sum((ours[n] - found.parameters[n]).double().square().sum() for n in ours).sqrt()
         assert moved > 0
+        print(f"step {step}: log-probabilities {found.gap:.1e}, parameters {apart / moved:.1e} apart")
         assert apart / moved < PARAMETER_TOLERANCE, f"step {step}: {apart / moved:.1e} of the way apart"
