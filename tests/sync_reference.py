@@ -1,4 +1,4 @@
-"""CapRL, synchronous, in little more than 100 lines of transformers and torch: no Ray, no vLLM, no code of ours.
+"""CapRL, synchronous, in little more than 100 lines of transformers and torch: no Ray, vLLM or code of ours.
 
 It takes the recorded batches of a run with `max_staleness: 0` and computes from the captions, the images and
 the verdicts what the ring must have computed: rewards, advantages, and the parameters after every step.
