@@ -329,6 +329,8 @@ class BandsConfig:
 
     logprob_gap_fresh_mean: list[float] = key([0.0, 0.05], "engine against learner at equal versions, nats")
     logprob_gap_fresh_p99: list[float] = key([0.0, 0.5], "the same, the worst tokens")
+    logprob_gap_mean: list[float] = key([0.0, 0.5], "engine against learner, stale tokens included, nats")
+    kl_behaviour: list[float] = key([0.0, 0.1], "KL from the sampling to the current policy per token, nats")
     importance_mean: list[float] = key([0.8, 1.25], "mean importance weight")
     importance_bounded: list[float] = key([0.0, 0.2], "share of tokens whose weight was truncated or masked")
     effective_samples: list[float] = key([0.5, 1.0], "effective share of the tokens")
