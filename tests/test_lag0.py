@@ -61,8 +61,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Synchronous:
         [
             *("conf=conf/demo.yaml", f"run_dir={tmp_path_factory.mktemp('lag0')}", f"steps={STEPS}"),
             *("replay.max_staleness=0", "replay.batch_groups=8", "observe.record_batches=true"),
-            # So wide that some groups are filtered and refilled.
-            *("replay.min_reward_spread=0.35", "evaluate.dense_policy="),
+            # So wide that a good part of the groups is filtered and refilled.
+            *("replay.min_reward_spread=0.55", "evaluate.dense_policy="),
             *("evaluate.heldout_judge.model=", "evaluate.heldout_judge.data="),
         ]
     )
