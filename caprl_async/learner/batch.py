@@ -14,7 +14,7 @@ from caprl_async.config import AdvantageConfig, Aggregation
 from caprl_async.data.processor import Grid
 from caprl_async.learner.advantages import batch_advantages
 from caprl_async.learner.losses import token_weights
-from caprl_async.types import ImageRef, ScoredGroup, TrainBatch
+from caprl_async.types import CaptionGroup, ImageRef, ScoredGroup, TrainBatch
 
 
 class BadBatch(ValueError):
@@ -86,6 +86,11 @@ class Plan:
 # ---------------------------------------------------------------- sequences
 
 
+def caption_name(group: CaptionGroup, number: int) -> str:
+    """What messages and files call one caption of a group: prompt key, attempt, number."""
+    return f"{group.key}@{group.attempt}[{number}]"
+
+
 def make_sequences(batch: TrainBatch, banned: Collection[int] = ()) -> list[TrainSequence]:
     """The captions of all groups, with their rewards.
 
@@ -102,7 +107,7 @@ def make_sequences(batch: TrainBatch, banned: Collection[int] = ()) -> list[Trai
         for i, (caption, reward) in enumerate(zip(group.captions, rewards, strict=True)):
             if not never.isdisjoint(caption.token_ids):
                 raise BadBatch(
-                    f"{group.key}@{group.attempt}[{i}]: holds the banned tokens "
+                    f"{caption_name(group, i)}: holds the banned tokens "
                     f"{sorted(never.intersection(caption.token_ids))}; engine and learner must ban the same"
                 )
             staleness = [0] * len(caption.token_ids)
@@ -111,7 +116,7 @@ def make_sequences(batch: TrainBatch, banned: Collection[int] = ()) -> list[Trai
                 staleness[span.start : span.end] = [age] * (span.end - span.start)
             sequences.append(
                 TrainSequence(
-                    name=f"{group.key}@{group.attempt}[{i}]",
+                    name=caption_name(group, i),
                     group=number,
                     image=scored.image,
                     grid=group.image_grid[0],
@@ -156,7 +161,8 @@ def check_group(scored: ScoredGroup) -> list[float]:
         length = len(caption.token_ids)
         covered = [t for span in caption.spans for t in range(span.start, span.end)]
         if not all(map(math.isfinite, caption.logprobs)):
-            raise NotFinite(f"{name}[{i}]: the engine's log-probabilities are not finite", [f"{name}[{i}]"])
+            which = caption_name(group, i)
+            raise NotFinite(f"{which}: the engine's log-probabilities are not finite", [which])
         if length == 0 or len(caption.logprobs) != length or covered != list(range(length)):
             raise BadBatch(
                 f"{name}[{i}]: {length} tokens, {len(caption.logprobs)} log-probabilities, versions of "
@@ -166,7 +172,7 @@ def check_group(scored: ScoredGroup) -> list[float]:
     rewards = [total for total in totals if total is not None]
     if len(rewards) != len(totals):
         raise BadBatch(f"{name}: a caption without a reward must leave its group before the batch is cut")
-    wrong = [f"{name}[{i}]" for i, reward in enumerate(rewards) if not math.isfinite(reward)]
+    wrong = [caption_name(group, i) for i, reward in enumerate(rewards) if not math.isfinite(reward)]
     if wrong:
         raise NotFinite(f"the rewards of {', '.join(wrong)} are not finite", wrong)
     return rewards

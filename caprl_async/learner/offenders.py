@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from caprl_async.learner.batch import NotFinite
+from caprl_async.learner.batch import NotFinite, caption_name
 from caprl_async.types import TrainBatch
 
 
@@ -21,12 +21,12 @@ def save_offenders(path: Path, batch: TrainBatch, error: NotFinite) -> None:
             "name": name,
             "row_id": scored.row_id,
             "image": scored.image.path,
-            "reward": msgspec.to_builtins(parts),
-            "caption": msgspec.to_builtins(caption),
+            "reward": parts,
+            "caption": caption,
         }
         for scored in batch.groups
         for i, (caption, parts) in enumerate(zip(scored.group.captions, scored.rewards, strict=True))
-        if (name := f"{scored.group.key}@{scored.group.attempt}[{i}]") in wanted
+        if (name := caption_name(scored.group, i)) in wanted
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     found = {"version": str(batch.version), "error": str(error), "captions": captions}
