@@ -43,8 +43,8 @@ def turned(tmp_path_factory: pytest.TempPathFactory) -> Turned:
         [
             *("conf=conf/demo.yaml", f"run_dir={run_dir}", f"steps={STEPS}", f"replay.batch_groups={GROUPS}"),
             *("evaluate.heldout_judge.model=", "evaluate.heldout_judge.data=", "evaluate.dense_policy="),
-            # A narrow engine is never idle, so that updates meet captions half-way.
-            *("observe.samples_per_step=8", "rollout.engine.max_num_seqs=8"),
+            # So narrow that the engine is what the others wait for: each update meets captions half-way.
+            *("observe.samples_per_step=8", "rollout.engine.max_num_seqs=2"),
         ]
     )
     run = Turned(run_dir)
