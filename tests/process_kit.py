@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import psutil
 
 MARK = "CAPRL_TEST_RUN"
@@ -17,4 +19,12 @@ def marked(value: str) -> list[str]:
                 found.append(" ".join(process.cmdline()[:4]))
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue  # ended meanwhile, or not ours
+    return found
+
+
+def left_running(value: str, patience_s: float = 30.0) -> list[str]:
+    """The same, but processes that are just ending get `patience_s` to do so."""
+    deadline = time.monotonic() + patience_s
+    while (found := marked(value)) and time.monotonic() < deadline:
+        time.sleep(0.2)
     return found

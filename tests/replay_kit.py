@@ -39,6 +39,18 @@ from caprl_async.types import (
 )
 
 
+def run(coroutine: Any, timeout: float = 40.0) -> Any:
+    return asyncio.run(asyncio.wait_for(coroutine, timeout))
+
+
+async def turn(queue: Any, learner: StubLearner, rollout: StubRollout, step: int) -> Any:
+    """One learner step: the batch, then the new version at hub and engine."""
+    batch = await learner.batch(Version(0, step))
+    await queue.trained(Version(0, step + 1), 10.0 + step, 11.0 + step)
+    rollout.version = Version(0, step + 1)
+    return batch
+
+
 def caption(text: str, *versions: Version) -> Caption:
     """Two tokens under each version."""
     length = 2 * len(versions)

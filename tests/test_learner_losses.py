@@ -19,7 +19,6 @@ from caprl_async.config import (
     ImportanceLevel,
     KLConfig,
     KLEstimator,
-    KLPlace,
     LearnerConfig,
     Proximal,
     TrustRegion,
@@ -58,12 +57,7 @@ regions = st.builds(
     clip_low=st.sampled_from([0.1, 0.2, 1.0]),
     clip_high=st.sampled_from([0.2, 0.3]),
 ) | st.builds(TrustRegionConfig, dual_clip=st.sampled_from([0.0, 3.0]), clip_high=st.sampled_from([0.2, 0.3]))
-kls = st.builds(
-    KLConfig,
-    coef=st.sampled_from([0.0, 0.1]),
-    estimator=st.sampled_from(KLEstimator),
-    place=st.sampled_from(KLPlace),
-)
+kls = st.builds(KLConfig, coef=st.sampled_from([0.0, 0.1]), estimator=st.sampled_from(KLEstimator))
 
 
 # ---------------------------------------------------------------- the references
@@ -141,7 +135,7 @@ def reference_loss(batch: Batch, config: LearnerConfig) -> tuple[float, list[flo
             loss -= weight * importance * gain
             for i, value in slope.items():
                 slopes[i] -= weight * importance * value
-            if config.kl.coef and config.kl.place is KLPlace.loss:
+            if config.kl.coef:
                 kl, kl_slope = reference_kl(token.current, token.reference, config.kl.estimator)
                 loss += weight * config.kl.coef * kl
                 slopes[t] += weight * config.kl.coef * kl_slope

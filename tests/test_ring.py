@@ -6,14 +6,13 @@ import json
 import math
 import os
 import sqlite3
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from process_kit import MARK, marked
+from process_kit import MARK, left_running
 
 from caprl_async import conf, types
 from caprl_async.config import Config
@@ -75,8 +74,7 @@ def turned(tmp_path_factory: pytest.TempPathFactory) -> Turned:
         from caprl_async.ring import cluster
 
         cluster.disconnect()
-    time.sleep(2)
-    run.left = marked(os.environ.pop(MARK))
+    run.left = left_running(os.environ.pop(MARK))
     return run
 
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from process_kit import MARK, marked
+from process_kit import MARK, left_running
 
 from caprl_async.run import main
 
@@ -109,6 +109,5 @@ def test_ctrl_c_in_the_middle_leaves_nothing_running(tmp_path: Path) -> None:
     _, error = run.communicate(timeout=90)
     assert run.returncode == 130, error
     assert "Traceback" not in error
-    time.sleep(2)
-    assert marked(str(folder)) == []
+    assert left_running(str(folder)) == []
     assert (folder / "report.html").is_file()

@@ -113,7 +113,7 @@ def states(engines: dict[str, Any]) -> list[tuple[str, float, bool]]:
 def test_a_publish_reaches_every_engine_while_the_learner_trains(ring: Any) -> None:
     sync, learner, engines = ring
     assert sync.open() == {}
-    training = learner.train.remote(3.0)
+    training = learner.train.remote(30.0)
     report = sync.publish(Version(0, 1))
     assert ray.wait([training], timeout=0)[0] == []
     assert (report.announced, report.failed, report.error) == (True, {}, None)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from caprl_async.config import Aggregation, KLEstimator, KLPlace, LearnerConfig
+from caprl_async.config import Aggregation, KLEstimator, LearnerConfig
 from caprl_async.learner.corrections import importance_weights, trust_region
 
 
@@ -79,12 +79,12 @@ def policy_loss(
 
         loss = sum_t weight_t * (-w_t * gain_t + kl.coef * KL_t - entropy_coef * H_t)
 
-    `w` and `gain` are those of `corrections`. The KL term is not importance-weighted, as in GRPO; with
-    `kl.place: reward` it is in the advantages already.
+    `w` and `gain` are those of `corrections`. The KL term is not importance-weighted, as in GRPO.
 
     Args:
         current, entropy: log-probabilities and entropies [T] with gradient.
-        proximal, reference: log-probabilities [T] without.
+        proximal, reference: log-probabilities [T] without; no reference: no KL term (with `kl.place: reward`
+            it is in the advantages already).
     """
     correction = config.correction
     importance, bounded = importance_weights(
@@ -97,8 +97,7 @@ def policy_loss(
     kl = torch.zeros_like(current)
     if reference is not None:
         kl = kl_estimate(current, reference, config.kl.estimator)
-        if config.kl.place is KLPlace.loss:
-            per_token = per_token + config.kl.coef * kl
+        per_token = per_token + config.kl.coef * kl
     if config.entropy_coef:
         per_token = per_token - config.entropy_coef * entropy
     stats = TokenStats(

@@ -82,8 +82,9 @@ class Trainer:
         learner = self.config.learner
         sequences = make_sequences(batch, self.banned)
         metrics: dict[str, float] = {}
+        penalty: dict[str, float] = {}
         if self.reference is not None and learner.kl.place is KLPlace.reward:
-            sequences, metrics["kl_penalty_mean"] = self._penalised(sequences)
+            sequences, penalty = self._penalised(sequences)
         sequences = with_advantages(sequences, learner.advantage)
         sum_length = learner.sum_length or self.config.rollout.max_tokens
         parts = split_updates(sequences, learner.updates_per_batch, learner.aggregation, sum_length)
@@ -95,11 +96,12 @@ class Trainer:
         updates = [self._update(plan, anchor, lr) for plan, anchor in zip(plans, anchors, strict=False)]
         for name in updates[0] if updates else ():
             metrics[name] = sum(update[name] for update in updates) / len(updates)
+        metrics |= penalty
         metrics["train_s"] = time.perf_counter() - began
         return metrics
 
-    def _penalised(self, sequences: Sequence[TrainSequence]) -> tuple[list[TrainSequence], float]:
-        """Takes `kl.coef * sum_t KL_t` off each reward, of the policy that sampled it; and its mean."""
+    def _penalised(self, sequences: Sequence[TrainSequence]) -> tuple[list[TrainSequence], dict[str, float]]:
+        """Takes `kl.coef * sum_t KL_t` off each reward, KL of the policy that sampled it; and its metrics."""
         places = {s.name: i for i, s in enumerate(sequences)}
         plan = make_plan(
             [replace(s, weight=1.0) for s in sequences], self.world, self.config.learner.micro_batch_tokens
@@ -113,11 +115,15 @@ class Trainer:
             kl = kl.masked_fill(tensors.weights == 0, 0.0)  # filler
             rows = torch.tensor([places[name] for name in tensors.names], device=self.device)
             found.index_add_(0, rows[tensors.token_rows], kl)
-        penalties = (self.config.learner.kl.coef * gather_rows(found.unsqueeze(1)).sum(1)).tolist()
-        mean = sum(penalties) / max(1, len(penalties))
+        kl = gather_rows(found.unsqueeze(1)).sum(1)
+        penalties = (self.config.learner.kl.coef * kl).tolist()
+        metrics = {
+            "kl": kl.sum().item() / sum(len(s.caption) for s in sequences),
+            "kl_penalty_mean": sum(penalties) / len(penalties),
+        }
         return [
             replace(s, reward=s.reward - penalty) for s, penalty in zip(sequences, penalties, strict=True)
-        ], mean
+        ], metrics
 
     def _anchor(self, plan: Plan) -> list[Tensor] | None:
         """Log-probabilities of this rank's micro-batches from the weights before any update, if needed."""
@@ -143,7 +149,7 @@ class Trainer:
                 tensors.behaviour,
                 tensors.staleness,
             )
-            reference = self._reference_logprobs(tensors)
+            reference = self._reference_logprobs(tensors) if learner.kl.place is KLPlace.loss else None
             loss, stats = policy_loss(current, entropy, proximal, tensors.loss_tokens, learner, reference)
             wrong += _not_finite(tensors, current, loss)
             self.engine.backward(loss, last=i == len(micros) - 1)

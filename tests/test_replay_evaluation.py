@@ -1,0 +1,73 @@
+"""Evaluations on the hub, beside training."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+from replay_kit import StubJudge, StubRollout, connected, make_config, run, running, shuffled, write_data
+
+from caprl_async.replay.evaluation import EvalError, EvalSpec
+from caprl_async.types import Version
+
+
+def test_evaluation_asks_every_judge_about_the_same_captions(tmp_path: Path) -> None:
+    async def whole() -> None:
+        config = make_config(tmp_path)
+        config.evaluate.heldout_judge.model = "some/folder"
+        alt = write_data(tmp_path / "alt.parquet", 5, stem="name its color")
+        config.evaluate.heldout_judge.data = str(alt)
+        rollout, judge = StubRollout(), StubJudge()
+        rollout.delay = shuffled(3, 0.02)
+        heldout = StubJudge("heldout-judge-0", "heldout")
+        async with running(config, tmp_path) as (queue, address):
+            async with connected(address, rollout, judge, heldout):
+                await queue.open_admission()  # training and evaluation side by side
+                spec = EvalSpec(name="start", images=4, judges=("judge", "heldout"))
+                result = await queue.evaluate(spec)
+                assert result["images"] == 4
+                assert result["length"] == 2
+                assert result["judges"]["heldout"]["n"] == 8
+                assert result["judges"]["judge"]["accuracy"] == 1.0
+                assert set(result["judges"]["judge"]["kinds"]) == {"fact", "absent"}
+                json.dumps(result)
+                asked = {lease.captions[0] for lease in heldout.seen}
+                assert len(asked) == 4
+                assert asked <= {text for lease in judge.seen for text in lease.captions}
+                assert {lease.questions[0].stem for lease in heldout.seen} == {"name its color"}
+                blind = await queue.evaluate(EvalSpec(name="blind", source="blind"))
+                assert blind["length"] is None
+                assert sum(lease.captions == ("",) for lease in judge.seen) == 5
+                await queue.evaluate(EvalSpec(name="ceiling", source="reference", images=2))
+                texts = {lease.captions[0] for lease in judge.seen}
+                assert {"reference 0", "reference 1"} <= texts
+                with pytest.raises(EvalError, match="plain file name"):
+                    await queue.evaluate(EvalSpec(name="../up"))
+            audit = await queue.audit()
+            assert audit["admitted"] <= 12  # the capacity of training: no held-out image is among them
+        lines = [json.loads(line) for line in (tmp_path / "evals" / "start.jsonl").read_text().splitlines()]
+        assert len(lines) == 4
+        assert lines[0]["questions"]["judge"][1]["answer"] == "unknown"
+        assert lines[0]["finish"] == "stop"
+
+    run(whole())
+
+
+def test_an_evaluation_of_given_weights_waits_for_them(tmp_path: Path) -> None:
+    async def whole() -> None:
+        rollout = StubRollout()
+        async with (
+            running(make_config(tmp_path), tmp_path) as (queue, address),
+            connected(address, rollout, StubJudge()),
+        ):
+            asked = asyncio.create_task(
+                queue.evaluate(EvalSpec(name="foreign", version=Version(-1, 0), images=2))
+            )
+            await asyncio.sleep(0.7)
+            assert not asked.done()
+            rollout.version = Version(-1, 0)
+            assert (await asked)["images"] == 2
+
+    run(whole())

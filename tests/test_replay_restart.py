@@ -1,0 +1,84 @@
+"""The hub goes on from a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from replay_kit import StubJudge, StubLearner, StubRollout, connected, make_config, run, running, turn
+
+from caprl_async.replay.ledger import LedgerError
+from caprl_async.types import Version
+
+
+def test_a_restart_from_a_cut_trains_every_prompt_once(tmp_path: Path) -> None:
+    async def first_life(config: Any) -> Any:
+        rollout = StubRollout()
+        async with running(config, tmp_path) as (queue, address), connected(address, rollout, StubJudge()):
+            learner = StubLearner(address)
+            await queue.open_admission()
+            await turn(queue, learner, rollout, 0)
+            state = msgspec.json.decode(msgspec.json.encode(await queue.state()))
+            await turn(queue, learner, rollout, 1)  # after the cut: lost
+            learner.close()
+            return state
+
+    async def second_life(config: Any, state: Any) -> None:
+        rollout = StubRollout(incarnation="2")
+        rollout.version = Version(1, 1)
+        async with running(config, tmp_path) as (queue, address), connected(address, rollout, StubJudge()):
+            learner = StubLearner(address)
+            await queue.restore(state, Version(1, 1))
+            await queue.open_admission()
+            trained: list[int] = []
+            for step in (1, 2, 3):
+                batch = await learner.batch(Version(1, step))
+                trained += [scored.index for scored in batch.groups]
+                await queue.trained(Version(1, step + 1), 0.0, 1.0)
+                rollout.version = Version(1, step + 1)
+            assert sorted(trained) == list(range(4, 16))
+            audit = await queue.audit()
+            assert audit["violations"] == []
+            assert audit["ended"] == {"trained": 16}
+            learner.close()
+
+    config = make_config(tmp_path)
+    state = run(first_life(config))
+    with pytest.raises(LedgerError, match="resume=true"):
+        run(first_life(config))
+    config.resume = True
+    run(second_life(config, state))
+
+
+def test_a_checkpoint_goes_on_in_another_run_folder(tmp_path: Path) -> None:
+    async def begin(config: Any) -> Any:
+        rollout = StubRollout()
+        async with (
+            running(config, tmp_path / "a") as (queue, address),
+            connected(address, rollout, StubJudge()),
+        ):
+            learner = StubLearner(address)
+            await queue.open_admission()
+            await turn(queue, learner, rollout, 0)
+            learner.close()
+            return await queue.state()
+
+    async def go_on(config: Any, state: Any) -> None:
+        rollout = StubRollout()
+        rollout.version = Version(1, 1)
+        async with (
+            running(config, tmp_path / "b") as (queue, address),
+            connected(address, rollout, StubJudge()),
+        ):
+            learner = StubLearner(address)
+            await queue.restore(state, Version(1, 1))
+            await queue.open_admission()
+            batch = await learner.batch(Version(1, 1))
+            assert sorted(scored.index for scored in batch.groups) == [4, 5, 6, 7]
+            assert (await queue.audit())["violations"] == []
+            learner.close()
+
+    config = make_config(tmp_path)
+    run(go_on(config, run(begin(config))))
