@@ -220,12 +220,13 @@ def test_weights_stay_within_their_bounds(batch: Batch, config: ImportanceConfig
     proximal = torch.tensor([t.proximal for c, _ in batch for t in c], dtype=torch.float64)
     behaviour = torch.tensor([t.behaviour for c, _ in batch for t in c], dtype=torch.float64)
     rows = torch.arange(len(batch)).repeat_interleave(torch.tensor([len(c) for c, _ in batch]))
-    weights, bounded = importance_weights(proximal, behaviour, rows, config)
+    weights, raw, bounded = importance_weights(proximal, behaviour, rows, config)
     high = config.high or math.inf
     if config.level is not ImportanceLevel.none:
         inside = (weights >= config.low) & (weights <= high)
         masked = (weights == 0) & (bounded == 1) if config.beyond is Beyond.mask else torch.zeros_like(inside)
         assert bool((inside | masked).all())
+        assert torch.equal(weights[bounded == 0], raw[bounded == 0])
     assert set(bounded.tolist()) <= {0.0, 1.0}
 
 
@@ -288,7 +289,9 @@ def test_statistics_of_a_small_case() -> None:
     found = summarise(stats)
     assert found["importance_mean"] == pytest.approx((1 + 2 + 2) / 3)
     assert found["importance_bounded"] == pytest.approx(1 / 3)
+    assert found["importance_raw_max"] == pytest.approx(8)
     assert found["effective_samples"] == pytest.approx(25 / (3 * 9))
+    assert found["effective_samples_raw"] == pytest.approx(121 / (3 * 69))
     assert found["ratio_max"] == pytest.approx(1)
     assert found["logprob_gap_max"] == pytest.approx(math.log(8))
     assert found["logprob_gap_fresh_max"] == pytest.approx(0)

@@ -2,8 +2,8 @@
 
 Trains the demo's captioner with `max_staleness` 0, 1, 2, 4 and 8, with truncated importance weights and with
 none, three seeds each. One run a cell, one after the other; wall-clock is one of the axes, so the machine
-should be quiet. Each finished cell is written at once, and a cell that is there is not run again. The table,
-the plot and the cells lie in `--out`.
+should be quiet. Each finished cell is written at once, and a cell that is there is not run again; one made
+with other settings is an error. The table, the plot and the cells lie in `--out`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
+import os
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,9 @@ CORRECTIONS = {
 }
 BASE = ["replay.batch_groups=8", "evaluate.dense_policy=", "checkpoint.interval=1000"]
 CELL_LIMIT_S = 1200.0
+STOP_LIMIT_S = 120.0
+OFF_POLICY = ("effective_samples_raw", "kl_behaviour", "importance_bounded")
+"""Metrics of how far off policy a run was; kept as means over its steps."""
 _SMOOTH = 5  # steps
 
 
@@ -69,16 +74,20 @@ def train(cell: Cell, steps: int, overrides: Sequence[str]) -> dict[str, Any]:
             code = process.wait(CELL_LIMIT_S)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)  # the run stops its own processes
-            process.wait()
+            try:
+                process.wait(STOP_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
             raise SystemExit(f"{cell.name} took more than {CELL_LIMIT_S:.0f} s") from None
         if code:
             raise SystemExit(f"{cell.name} ended with {code}")
         rows = read_metrics(run_dir)
         result = json.loads((run_dir / "result.json").read_text())
-    began = rows[0]["time"] or 0.0
+    began = _given(rows[0]["time"])
     curve = [
-        [row["step"], round((row["time"] or 0.0) - began, 2), row["captions_sampled"], row["reward_all_mean"]]
+        [row["step"], round(_given(row["time"]) - began, 2), row["captions_sampled"], row["reward_all_mean"]]
         for row in rows
+        if row["reward_all_mean"] is not None  # nothing was judged since the batch before
     ]
     return {
         "lag": cell.lag,
@@ -89,10 +98,36 @@ def train(cell: Cell, steps: int, overrides: Sequence[str]) -> dict[str, Any]:
         "columns": ["step", "seconds since the first step", "captions sampled", "mean reward of all groups"],
         "curve": curve,
         "staleness_mean": result["staleness_mean"],
-        "effective_samples": statistics.fmean(row["effective_samples"] or 0.0 for row in rows),
+        **{name: _mean(row[name] for row in rows) for name in OFF_POLICY},
         "start": result["start"],
         "trained": result["trained"],
     }
+
+
+def finished(path: Path, steps: int, overrides: Sequence[str]) -> bool:
+    """Whether the cell is there.
+
+    Raises:
+        SystemExit: it was made with other settings.
+    """
+    if not path.exists():
+        return False
+    cell = json.loads(path.read_text())
+    if (cell["steps"], cell["overrides"]) != (steps, list(overrides)):
+        made = " ".join([f"--steps {cell['steps']}", *cell["overrides"]])
+        raise SystemExit(f"{path} was made with {made}; take another --out, or remove it")
+    return True
+
+
+def _given(value: float | None) -> float:
+    assert value is not None, "a metric that every step has"
+    return value
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    """Mean of the steps that have the metric; NaN of none."""
+    found = [value for value in values if value is not None]
+    return statistics.fmean(found) if found else math.nan
 
 
 # ---------------------------------------------------------------- what it shows
@@ -106,7 +141,8 @@ def smooth(values: Sequence[float]) -> list[float]:
 def table(cells: Sequence[dict[str, Any]]) -> str:
     """Markdown; means over the seeds, with the least and the largest where it says so."""
     head = [
-        *("max_staleness", "correction", "seeds", "mean staleness", "effective samples"),
+        *("max_staleness", "correction", "seeds", "mean staleness"),
+        *("effective samples, uncorrected", "KL from the sampling policy"),
         *("reward, last 10 steps", "held-out accuracy", "seconds per step"),
     ]
     lines = [head, ["---"] * len(head)]
@@ -116,12 +152,15 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
             continue
         rewards = [statistics.fmean(point[3] for point in c["curve"][-10:]) for c in found]
         accuracy = [c["trained"]["heldout_judge"] for c in found]
-        speed = [c["curve"][-1][1] / (len(c["curve"]) - 1) for c in found]
+        speed = [
+            (last[1] - first[1]) / (last[0] - first[0]) for first, *_, last in (c["curve"] for c in found)
+        ]
         lines.append(
             [
                 *(str(lag), correction, str(len(found))),
                 f"{statistics.fmean(c['staleness_mean'] for c in found):.2f}",
-                f"{statistics.fmean(c['effective_samples'] for c in found):.3f}",
+                f"{statistics.fmean(c['effective_samples_raw'] for c in found):.3f}",
+                f"{statistics.fmean(c['kl_behaviour'] for c in found):.4f}",
                 *(_spread(rewards, 3), _spread(accuracy, 3), _spread(speed, 2)),
             ]
         )
@@ -172,11 +211,15 @@ def main() -> None:
     wanted = [Cell(lag, c, seed) for seed in args.seeds for lag in args.lags for c in CORRECTIONS]
     for number, cell in enumerate(wanted, 1):
         path = args.out / f"{cell.name}.json"
-        if args.only_show or path.exists():
+        if args.only_show or finished(path, args.steps, args.overrides):
             continue
         print(f"cell {number} of {len(wanted)}: {cell.name}", flush=True)
-        path.write_text(json.dumps(train(cell, args.steps, args.overrides)) + "\n")
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(train(cell, args.steps, args.overrides)) + "\n")
+        os.replace(partial, path)
     cells = [json.loads(path.read_text()) for path in sorted(args.out.glob("lag*.json"))]
+    if not cells:
+        raise SystemExit(f"{args.out} holds no cells yet")
     text = table(cells)
     (args.out / "table.md").write_text(text + "\n")
     plot(cells, args.out / "reward.png")

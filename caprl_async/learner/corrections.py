@@ -41,14 +41,15 @@ def proximal_logprobs(
 
 def importance_weights(
     proximal: Tensor, behaviour: Tensor, rows: Tensor, config: ImportanceConfig
-) -> tuple[Tensor, Tensor]:
-    """(w [T], 1 where a bound changed it [T]), without gradient.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(w [T], w before its bounds [T], 1 where a bound changed it [T]), without gradient.
 
     token: `w_t = exp(proximal_t - behaviour_t)`; sequence: every token of a caption has its product. Beyond
     the bounds it is truncated (TIS: `min(w, high)`; IMPALA, arXiv 1802.01561) or 0 (IcePop).
     """
     if config.level is ImportanceLevel.none:
-        return torch.ones_like(proximal), torch.zeros_like(proximal)
+        one = torch.ones_like(proximal)
+        return one, one, torch.zeros_like(proximal)
     away = proximal - behaviour
     if config.level is ImportanceLevel.sequence:
         away = _row_sums(away, rows)[rows]
@@ -56,14 +57,14 @@ def importance_weights(
     high = config.high if config.high > 0 else torch.inf
     outside = (raw < config.low) | (raw > high)
     if config.beyond is Beyond.mask:
-        return raw.masked_fill(outside, 0.0), outside.to(raw.dtype)
-    return raw.clamp(config.low, high), outside.to(raw.dtype)
+        return raw.masked_fill(outside, 0.0), raw, outside.to(raw.dtype)
+    return raw.clamp(config.low, high), raw, outside.to(raw.dtype)
 
 
 def trust_region(
     current: Tensor, proximal: Tensor, advantages: Tensor, rows: Tensor, config: TrustRegionConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(gain [T] with gradient, r [T], 1 where the gradient is gone [T]); the loss is minus the gain.
+    """(gain [T] with gradient, r [T], 1 where a bound holds it [T]); the loss is minus the gain.
 
     With `r = exp(current - proximal)`, `c = clip(r, 1 - low, 1 + high)` and sg() without gradient:
 
@@ -73,18 +74,19 @@ def trust_region(
       eq. 5, 7).
     - cispo: `sg(c) A current` (arXiv 2506.13585 eq. 4): every token keeps a gradient.
     - reinforce: `A current`: r is fixed at 1.
+
+    Held by a bound means no gradient, but for cispo, where it means a smaller or larger one.
     """
     away = current - proximal
     if config.kind is TrustRegion.gspo:
         lengths = _row_sums(torch.ones_like(away), rows)
         away = (_row_sums(away, rows) / lengths)[rows]
     ratio = away.exp()
-    gone = torch.zeros_like(ratio)
     if config.kind is TrustRegion.reinforce:
-        return advantages * current, ratio.detach(), gone
+        return advantages * current, ratio.detach(), torch.zeros_like(ratio)
     bounded = ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
     if config.kind is TrustRegion.cispo:
-        return bounded.detach() * advantages * current, ratio.detach(), gone
+        return bounded.detach() * advantages * current, ratio.detach(), (bounded != ratio).to(ratio.dtype)
     free, bound = ratio * advantages, bounded * advantages
     gain = torch.minimum(free, bound)
     gone = bound < free

@@ -59,8 +59,9 @@ class TokenStats:
 
     ratio: Tensor  # current / proximal, per token or caption
     importance: Tensor  # proximal / behaviour, after its bounds
+    raw: Tensor  # the same before its bounds
     bounded: Tensor  # 1 where a bound changed the importance weight
-    clipped: Tensor  # 1 where the trust region took the gradient away
+    clipped: Tensor  # 1 where the trust region held the token
     gap: Tensor  # current - behaviour log-probability
     kl: Tensor  # estimate of the KL to the reference; 0 without one
     staleness: Tensor
@@ -87,7 +88,7 @@ def policy_loss(
             it is in the advantages already).
     """
     correction = config.correction
-    importance, bounded = importance_weights(
+    importance, raw, bounded = importance_weights(
         proximal.detach(), tokens.behaviour, tokens.rows, correction.importance
     )
     gain, ratio, clipped = trust_region(
@@ -103,6 +104,7 @@ def policy_loss(
     stats = TokenStats(
         ratio=ratio,
         importance=importance,
+        raw=raw,
         bounded=bounded,
         clipped=clipped,
         gap=(current - tokens.behaviour).detach(),

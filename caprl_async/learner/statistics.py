@@ -13,8 +13,10 @@ def summarise(stats: TokenStats) -> dict[str, float]:
     """Metrics of one update from the tokens of all its captions (T > 0).
 
     `effective_samples` is `(sum w)^2 / (T * sum w^2)` of the whole weight `importance * ratio`: 1 on policy,
-    towards 0 when few tokens carry the update. The `logprob_gap` is learner minus engine; over tokens of
-    staleness 0 (`_fresh`) it is the mismatch of the two programs and nothing else; NaN without such tokens.
+    towards 0 when few tokens carry the update; `effective_samples_raw` that of current / behaviour, which no
+    bound tames: how far off policy the batch is, whatever is corrected. The `logprob_gap` is learner minus
+    engine; over tokens of staleness 0 (`_fresh`) it is the mismatch of the two programs and nothing else;
+    NaN without such tokens.
     """
     whole = (stats.importance * stats.ratio).double()
     gap = stats.gap.double()
@@ -26,8 +28,10 @@ def summarise(stats: TokenStats) -> dict[str, float]:
         "importance_mean": stats.importance.mean().item(),
         "importance_min": stats.importance.min().item(),
         "importance_max": stats.importance.max().item(),
+        "importance_raw_max": stats.raw.max().item(),
         "importance_bounded": stats.bounded.mean().item(),
         "effective_samples": _effective(whole),
+        "effective_samples_raw": _effective(gap.exp()),
         "entropy": stats.entropy.mean().item(),
         "kl": stats.kl.mean().item(),
         # k3 from the behaviour to the current policy: how far the policy has moved since it sampled.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from statistics import fmean, pstdev
 
@@ -37,9 +38,9 @@ def batch_metrics(groups: Sequence[ScoredGroup], version: Version) -> dict[str, 
 
 
 def mean(values: Iterable[float]) -> float:
-    """Arithmetic mean; 0 of nothing."""
+    """Arithmetic mean; NaN of nothing: missing is not zero."""
     listed = list(values)
-    return fmean(listed) if listed else 0.0
+    return fmean(listed) if listed else math.nan
 
 
 def mean_of_histogram(histogram: dict[int, int]) -> float:
