@@ -21,6 +21,7 @@ from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME, NUM_ENV_STEP
 from ray.tune import PlacementGroupFactory
 
 from caprl_async.config import Config
+from caprl_async.replay.evaluation import heldout_spec
 from caprl_async.ring.actors import roster
 from caprl_async.ring.supervisor import Supervisor
 
@@ -138,6 +139,14 @@ class CapRL(Algorithm):
         self.metrics.log_value(
             NUM_ENV_STEPS_TRAINED_LIFETIME, self.step_metrics["captions_trained"], reduce="max"
         )
+
+    def evaluate(self, parallel_train_future: Any = None) -> dict[str, Any]:
+        """Accuracy of every judge on held-out images, from the newest weights' captions; see `EvalResult`.
+
+        Raises:
+            RingFailed: there are no held-out questions (`data.heldout`), or an actor could not go on.
+        """
+        return {"caprl": self.ring.evaluate(heldout_spec(self.config.as_conf, str(self.ring.version)))}
 
     def get_state(
         self, components: Any = None, *, not_components: Any = None, **kwargs: Any

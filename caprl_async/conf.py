@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import fcntl
 import types
 import typing
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from omegaconf import OmegaConf
@@ -31,9 +33,9 @@ __all__ = [
     "help_text",
     "load",
     "markdown_table",
-    "prepare_run_dir",
     "read",
     "resolve_path",
+    "run_folder",
     "to_yaml",
 ]
 
@@ -43,7 +45,9 @@ check_machine = conf_checks.check_machine
 has_checkpoint = conf_files.has_checkpoint
 
 RESOLVED = "conf.yaml"
-"""Name of the resolved conf in a run folder; a folder that holds one holds a run."""
+"""Name of the resolved conf in a run folder."""
+BEGUN = "metrics.jsonl"
+"""A run folder that holds this file holds a run that has begun to train."""
 
 _PACKAGE = Path(__file__).resolve().parent
 _WRITTEN = ("run_dir", "data.image_dir")  # paths that the run makes; all other paths must exist
@@ -95,22 +99,40 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(container, sort_keys=False, allow_unicode=True, width=100)
 
 
-def prepare_run_dir(config: Config) -> Path:
-    """Makes the run folder and writes the resolved conf into it.
+@contextmanager
+def run_folder(config: Config) -> Iterator[Path]:
+    """Makes the run folder, writes the resolved conf into it and keeps other runs out until the end.
 
     Raises:
-        ConfError: the folder holds a run and `resume` is false, or it cannot be written.
+        ConfError: a run is going on in the folder, or it holds one and `resume` is false, or it cannot be
+            written.
     """
     folder = Path(config.run_dir)
-    if (folder / RESOLVED).exists() and not config.resume:
-        way = "go on with it by resume=true" if has_checkpoint(folder) else "delete it (it has no checkpoint)"
-        raise ConfError(f"run_dir={folder} already holds a run; {way}, or choose another run_dir=...")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        dump(config, folder / RESOLVED)
+        lock = (folder / ".lock").open("w")
     except OSError as error:
         raise ConfError(f"run_dir={folder} cannot be written: {error.strerror}") from error
-    return folder
+    with lock:
+        _lock(lock, folder)
+        if (folder / BEGUN).exists() and not config.resume:
+            resume, delete = "go on with it by resume=true", "delete it (it has no checkpoint)"
+            way = resume if has_checkpoint(folder) else delete
+            raise ConfError(f"run_dir={folder} already holds a run; {way}, or choose another run_dir=...")
+        try:
+            dump(dataclasses.replace(config, resume=False), folder / RESOLVED)
+        except OSError as error:
+            raise ConfError(f"run_dir={folder} cannot be written: {error.strerror}") from error
+        yield folder
+
+
+def _lock(file: IO[str], folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfError(f"a run is going on in run_dir={folder}; choose another run_dir=...") from None
+    except OSError:
+        return  # a file system without locks: nobody can be kept out
 
 
 def resolve_path(text: str, folder: Path | None = None) -> str:

@@ -5,24 +5,13 @@ Used by conf.py alone; every check gives a sentence that names its keys and says
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from caprl_async import conf_files, conf_help
+from caprl_async import conf_files, conf_help, conf_loss
 from caprl_async.conf_help import value_of
-from caprl_async.config import (
-    Aggregation,
-    Beyond,
-    Config,
-    EngineConfig,
-    ImportanceLevel,
-    JudgeMode,
-    Proximal,
-    TrustRegion,
-    WeightBackend,
-)
+from caprl_async.config import Config, EngineConfig, JudgeMode, WeightBackend
 
 JOBS = ("train",)
 """Modules of caprl_async.jobs with a `run(config)`."""
@@ -104,7 +93,7 @@ _ENGINE_BOUNDS: dict[str, _Bound] = {
 }
 _BOUNDS: dict[str, _Bound] = {
     "steps": _AT_LEAST_1,
-    "seed": _NOT_NEGATIVE,
+    "seed": ("in [0, 2^31)", lambda v: 0 <= v < 2**31),
     "data.questions_per_image": _NOT_NEGATIVE,
     "policy.min_pixels": _AT_LEAST_1,
     "policy.max_pixels": _AT_LEAST_1,
@@ -116,7 +105,7 @@ _BOUNDS: dict[str, _Bound] = {
     "judge.num_actors": _AT_LEAST_1,
     "judge.permutations": _AT_LEAST_1,
     "judge.draws": _AT_LEAST_1,
-    "judge.temperature": _POSITIVE,
+    "judge.temperature": ("0 (greedy) or 0.01 or more, vLLM's least", lambda v: v == 0 or v >= 0.01),
     "judge.max_requests_in_flight_per_actor": _AT_LEAST_1,
     "judge.cache_size": _NOT_NEGATIVE,
     **{f"judge.engine.{name}": bound for name, bound in _ENGINE_BOUNDS.items()},
@@ -127,8 +116,8 @@ _BOUNDS: dict[str, _Bound] = {
     "replay.min_group": ("2 or more, because an advantage compares captions", lambda v: v >= 2),
     "replay.max_attempts": _AT_LEAST_1,
     "replay.lease_timeout_s": _POSITIVE,
-    "replay.peer_timeout_s": _POSITIVE,
-    "replay.min_reward_spread": _NOT_NEGATIVE,
+    "replay.peer_timeout_s": ("2 or more: peers give a sign of life twice a second", lambda v: v >= 2),
+    "replay.min_reward_spread": _POSITIVE,
     "replay.max_evicted_batches": _POSITIVE,
     "learner.num_ranks": _AT_LEAST_1,
     "learner.lr": _POSITIVE,
@@ -212,10 +201,9 @@ def _combinations(config: Config) -> Iterator[str]:
     yield from _engine("judge.engine", config.judge.engine, config)
     yield from _sampling(config)
     yield from _queue(config)
-    yield from _correction(config)
+    yield from conf_loss.problems(config)
     yield from _judging(config)
     yield from _heldout(config)
-    yield from _bands(config)
 
 
 def _device(config: Config) -> Iterator[str]:
@@ -286,6 +274,11 @@ def _sampling(config: Config) -> Iterator[str]:
             f"reward.length_max={reward.length_max} must be above reward.length_free={reward.length_free}: "
             "the length term falls from one to the other"
         )
+    if reward.length and rollout.max_tokens <= reward.length_free:
+        yield (
+            f"reward.length={reward.length:g} with rollout.max_tokens={rollout.max_tokens} and reward."
+            f"length_free={reward.length_free}: no caption is long enough to lose any of it"
+        )
     if not (reward.accuracy or reward.length or reward.format):
         yield "reward.accuracy, reward.length and reward.format are all 0: all captions would be equal"
 
@@ -310,51 +303,13 @@ def _queue(config: Config) -> Iterator[str]:
         )
 
 
-def _correction(config: Config) -> Iterator[str]:
-    correction, prefix = config.learner.correction, "learner.correction"
-    importance, region = correction.importance, correction.trust_region
-    if correction.proximal is Proximal.behaviour and importance.level is not ImportanceLevel.none:
-        yield (
-            f"{prefix}.proximal=behaviour with {prefix}.importance.level={importance.level.name}: the weight "
-            "from a policy to itself is always 1; use importance.level=none, or proximal=recompute"
-        )
-    if correction.proximal is Proximal.interpolate and region.kind is TrustRegion.reinforce:
-        yield (
-            f"{prefix}.proximal=interpolate with {prefix}.trust_region.kind=reinforce: no ratio is left "
-            "between the interpolated and the current policy; use proximal=recompute"
-        )
-    bounds = importance.low > 0 or importance.high > 0
-    if importance.level is not ImportanceLevel.none and importance.beyond is Beyond.mask and not bounds:
-        yield (
-            f"{prefix}.importance.beyond=mask with {prefix}.importance.low=0 and .high=0: nothing lies "
-            "beyond; set a bound, or beyond=truncate"
-        )
-    if region.dual_clip > 0 and region.kind is not TrustRegion.ppo:
-        yield (
-            f"{prefix}.trust_region.dual_clip={region.dual_clip:g} with {prefix}.trust_region.kind="
-            f"{region.kind.name}: only ppo has a dual clip"
-        )
-    if region.dual_clip > 0 and region.dual_clip <= 1 + region.clip_high:
-        yield (
-            f"{prefix}.trust_region.dual_clip={region.dual_clip:g} must be above 1 + {prefix}.trust_region."
-            f"clip_high={region.clip_high:g}: the floor would cut inside the trust region"
-        )
-    if config.learner.sum_length and config.learner.aggregation is not Aggregation.sequence_sum:
-        yield (
-            f"learner.sum_length={config.learner.sum_length} with learner.aggregation="
-            f"{config.learner.aggregation.name}: only sequence_sum divides by it"
-        )
-
-
-def _bands(config: Config) -> Iterator[str]:
-    for band in dataclasses.fields(config.observe.bands):
-        values = getattr(config.observe.bands, band.name)
-        if values and (len(values) != 2 or not values[0] <= values[1]):
-            yield f"observe.bands.{band.name}={values} must be [low, high], or [] for no alarm"
-
-
 def _judging(config: Config) -> Iterator[str]:
     prompt = config.judge.prompt
+    if config.judge.temperature == 0 and config.judge.mode is not JudgeMode.sample:
+        yield (
+            f"judge.temperature=0 with judge.mode={config.judge.mode.name}: probabilities need a "
+            "temperature; only sample has a greedy judge"
+        )
     letters = config.judge.mode is not JudgeMode.likelihood
     blocks = [
         ("caption", prompt.caption, ("{caption}",)),

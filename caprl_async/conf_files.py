@@ -25,6 +25,9 @@ INPUT_MODELS = {
 }
 """Keys that name the folder of a checkpoint, and whether the run needs one."""
 
+CAPTIONER = "qwen2_5_vl"
+"""The `model_type` that the learner's forward pass is written for."""
+
 
 def problems(config: Config) -> Iterator[str]:
     """A sentence for each file that is missing or wrong."""
@@ -71,8 +74,14 @@ def _model_problem(key: str, folder: Path, config: Config) -> str | None:
     captioner = key in ("policy.model", "evaluate.dense_policy")
     if captioner and "vision_config" not in architecture:
         return f"{key}={folder} has no vision tower (vision_config); a captioner must see"
+    if captioner and architecture.get("model_type") != CAPTIONER:
+        kind = architecture.get("model_type")
+        return f"{key}={folder} is of model_type {kind}; the learner trains {CAPTIONER} (Qwen2.5-VL) alone"
     if not captioner and "vision_config" in architecture:
         return f"{key}={folder} has a vision tower; a judge must be a text-only model"
+    named = architecture.get("architectures") or []
+    if not captioner and not any(str(name).endswith("ForCausalLM") for name in named):
+        return f"{key}={folder} is {named or 'of no named architecture'}; a judge must be a ...ForCausalLM"
     return _too_long(key, folder, architecture, config)
 
 
@@ -100,8 +109,8 @@ def _program(config: Config) -> Iterator[str]:
         return
     try:
         found = getattr(importlib.import_module(module), function, None)
-    except ImportError as error:
-        yield f"evaluate.program={text}: {error}"
+    except Exception as error:  # importing runs the user's module
+        yield f"evaluate.program={text}: {type(error).__name__}: {error}"
         return
     if not callable(found):
         yield f"evaluate.program={text}: module {module} has no function {function}"

@@ -192,7 +192,7 @@ class AdvantageConfig:
     """How the rewards of a group become advantages."""
 
     kind: AdvantageKind = key(AdvantageKind.mean_std, "mean_std | mean | rloo")
-    batch_norm: bool = key(False, "divide by the standard deviation over all captions of the batch")
+    batch_norm: bool = key(False, "divide by the standard deviation over the batch, equal groups left out")
     clip: float = key(0.0, "advantages are cut to +- this; 0: not")
 
 
@@ -314,7 +314,7 @@ class RingConfig:
     """Ray: where the actors run."""
 
     address: str = key("local", "local: start a Ray of our own; auto or host:port: join a cluster")
-    dashboard: bool = key(False, "local: start Ray's dashboard (about 700 MB)")
+    dashboard: bool = key(False, "local: start Ray's dashboard (about 700 MB; needs ray[default])")
     object_store_mb: int = key(128, "local: Ray's shared memory")
     cpus_per_actor: float = key(0.1, "Ray CPUs each actor reserves")
     gpus_per_rollout: float = key(0.0, "Ray GPUs per rollout actor")

@@ -9,6 +9,7 @@ import sys
 from types import FrameType
 
 from caprl_async.conf import ConfError, help_text, load
+from caprl_async.ring.errors import RingFailed
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
@@ -31,19 +32,22 @@ def main(argv: list[str] | None = None) -> int:
         print(f"conf error: {error}", file=sys.stderr)
         return 2
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # checkpoints are folders; nothing is fetched
-    job = importlib.import_module(f"caprl_async.jobs.{config.job}")
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        job.run(config)
+        importlib.import_module(f"caprl_async.jobs.{config.job}").run(config)
     except KeyboardInterrupt:
         print("stopped; everything this run started has been ended", file=sys.stderr)
         return 130
     except ConfError as error:
         print(f"conf error: {error}", file=sys.stderr)
         return 2
-    except job.EXPECTED as error:
+    except (RingFailed, TimeoutError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        where = "" if error.filename else f" (run_dir={config.run_dir})"
+        print(f"error: {error}{where}", file=sys.stderr)
         return 1
     return 0
 

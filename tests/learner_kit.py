@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pyarrow.parquet as parquet
+import torch
+from sync_reference import Reference, Settings
 
 import caprl_async
 from caprl_async.config import Config
@@ -35,6 +40,58 @@ def tiny_config(**learner: object) -> Config:
     for name, value in {"dtype": "float32", "device": "cpu", "threads": 1, "lr": 1e-3, **learner}.items():
         setattr(config.learner, name, value)
     return config
+
+
+def plain_reference(config: Config) -> Reference:
+    """The policy in plain transformers, with the run's optimizer."""
+    learner = config.learner
+    return Reference(
+        Settings(
+            model=config.policy.model,
+            pixels=config.policy.max_pixels,
+            steps=config.steps,
+            lr=learner.lr,
+            warmup_steps=learner.warmup_steps,
+            min_lr_ratio=learner.min_lr_ratio,
+            betas=(learner.betas[0], learner.betas[1]),
+            grad_norm=learner.grad_norm,
+            temperature=config.rollout.temperature,
+            clip=learner.correction.trust_region.clip_high,
+            importance_high=learner.correction.importance.high,
+        )
+    )
+
+
+def plain_logprobs(reference: Reference, scored: ScoredGroup) -> list[list[float]]:
+    """Of every token of the group's captions."""
+    group: dict[str, Any] = msgspec.to_builtins(scored.group)
+    with torch.no_grad():
+        return [
+            reference.logprobs(group, scored.image.path, caption.token_ids).tolist()
+            for caption in scored.group.captions
+        ]
+
+
+def near_policy(batch: TrainBatch, reference: Reference) -> TrainBatch:
+    """The batch as an engine would have sampled it: its log-probabilities are near the policy's."""
+    groups = []
+    for scored in batch.groups:
+        captions = tuple(
+            msgspec.structs.replace(c, logprobs=tuple(p + 0.3 * math.sin(7 * p) for p in policy))
+            for c, policy in zip(scored.group.captions, plain_logprobs(reference, scored), strict=True)
+        )
+        group = msgspec.structs.replace(scored.group, captions=captions)
+        groups.append(msgspec.structs.replace(scored, group=group))
+    return msgspec.structs.replace(batch, groups=tuple(groups))
+
+
+def join_alone() -> None:
+    """Makes this process a learner group of one rank."""
+    from caprl_async.learner.engine import join_group, prepare
+
+    torch.set_num_threads(1)
+    prepare("cpu")
+    join_group(0, 1, "127.0.0.1", 0, device="cpu", listener=None, timeout_s=60)
 
 
 def tiny_processor() -> PolicyProcessor:

@@ -130,9 +130,8 @@ class Reference:
         return Step(rewards, wanted, gap, parameters)
 
 
-def replay(paths: Sequence[Path], settings: Settings) -> Iterator[tuple[dict[str, Any], Step]]:
+def replay(paths: Sequence[Path], reference: Reference) -> Iterator[tuple[dict[str, Any], Step]]:
     """(recorded batch, what it must have come to) of each step."""
-    reference = Reference(settings)
     for path in paths:
         batch = read_batch(path)
         yield batch, reference.step(batch)

@@ -48,8 +48,8 @@ def minimal(tmp_path: Path) -> dict[str, Any]:
     return {
         "run_dir": str(tmp_path / "run"),
         "data": {"train": str(data), "heldout": str(heldout)},
-        "policy": {"model": str(_checkpoint(tmp_path / "policy", vision_config={}))},
-        "judge": {"model": str(_checkpoint(tmp_path / "judge"))},
+        "policy": {"model": str(_checkpoint(tmp_path / "policy", vision_config={}, model_type="qwen2_5_vl"))},
+        "judge": {"model": str(_checkpoint(tmp_path / "judge", architectures=["Qwen2ForCausalLM"]))},
         "learner": {"device": "cpu"},
         "weights": {"backend": "gloo"},
     }
@@ -185,6 +185,7 @@ def test_wrong_types(load: Callable[..., Config], override: str, words: list[str
         (["replay.min_group=9"], ["replay.min_group=9", "rollout.group_size=8"]),
         (["replay.batch_groups=1", "learner.num_ranks=2"], ["replay.batch_groups=1", "learner.num_ranks=2"]),
         (["steps=0"], ["steps=0"]),
+        (["judge.temperature=0"], ["judge.temperature=0", "judge.mode=expected"]),
         (["judge.engine.max_num_batched_tokens=1000"], ["max_num_batched_tokens=1000", "max_model_len=4096"]),
         (["rollout.engine.block_size=16"], ["block_size=16", "learner.device=cpu", "32"]),
         (["reward.length_max=10", "reward.length_free=10"], ["reward.length_max", "reward.length_free"]),
@@ -207,6 +208,25 @@ def test_wrong_types(load: Callable[..., Config], override: str, words: list[str
         ),
         (["learner.correction.trust_region.dual_clip=1.1"], ["dual_clip=1.1", "clip_high=0.2"]),
         (["learner.sum_length=9"], ["sum_length=9", "aggregation=token_mean"]),
+        (
+            ["learner.correction.trust_region.kind=gspo", "learner.updates_per_batch=2"],
+            ["trust_region.kind=gspo", "importance.level=token"],
+        ),
+        (
+            ["learner.correction.trust_region.kind=cispo"],
+            ["trust_region.kind=cispo", "proximal=recompute", "updates_per_batch=1"],
+        ),
+        (
+            ["learner.correction.trust_region.dual_clip=3"],
+            ["trust_region.dual_clip=3", "proximal=recompute", "updates_per_batch=1"],
+        ),
+        (
+            ["learner.updates_per_batch=9", "replay.batch_groups=8"],
+            ["updates_per_batch=9", "batch_groups=8"],
+        ),
+        (["observe.bands.kl=[0,1]"], ["observe.bands.kl", "learner.kl.coef=0"]),
+        (["reward.length=0.2"], ["reward.length=0.2", "rollout.max_tokens=", "reward.length_free=2048"]),
+        (["replay.min_reward_spread=0"], ["replay.min_reward_spread=0", "above 0"]),
         (["observe.bands.kl=[1]"], ["observe.bands.kl=[1.0]", "[low, high]"]),
         (["weights.broadcast_interval=4"], ["weights.broadcast_interval=4", "replay.max_staleness=2"]),
         (["data.heldout=", "evaluate.interval=2"], ["evaluate.interval=2", "data.heldout"]),
@@ -256,6 +276,15 @@ def test_a_judge_that_sees_and_a_captioner_that_does_not_are_refused(
         load(f"judge.model={minimal['policy']['model']}", f"policy.model={minimal['judge']['model']}")
     assert "judge must be a text-only model" in str(error.value)
     assert "a captioner must see" in str(error.value)
+
+
+def test_models_that_the_ring_cannot_run_are_refused(load: Callable[..., Config], tmp_path: Path) -> None:
+    other = _checkpoint(tmp_path / "other", vision_config={}, model_type="qwen3_vl")
+    encoder = _checkpoint(tmp_path / "encoder", architectures=["BertModel"])
+    with pytest.raises(ConfError) as error:
+        load(f"policy.model={other}", f"judge.model={encoder}")
+    assert "model_type qwen3_vl" in str(error.value)
+    assert "BertModel" in str(error.value)
 
 
 def test_all_problems_of_one_kind_come_in_one_error(load: Callable[..., Config]) -> None:
@@ -322,16 +351,21 @@ def test_the_resolved_conf_loads_to_the_same_config(
 
 def test_a_run_folder_is_used_once_unless_resumed(load: Callable[..., Config]) -> None:
     config = load()
-    folder = conf.prepare_run_dir(config)
-    assert conf.load([f"conf={folder / conf.RESOLVED}"]) == config
-    with pytest.raises(ConfError, match=r"run_dir="):
-        conf.prepare_run_dir(config)
+    with conf.run_folder(config) as folder:
+        assert conf.load([f"conf={folder / conf.RESOLVED}"]) == config
+        with pytest.raises(ConfError, match="a run is going on"), conf.run_folder(config):
+            pass
+    with conf.run_folder(config):  # the first did not come to train: nothing is lost
+        (folder / conf.BEGUN).touch()
+    with pytest.raises(ConfError, match=r"run_dir=.*delete it"), conf.run_folder(config):
+        pass
     cut = folder / "checkpoints" / "step-1" / "ring" / "cut.json"
     cut.parent.mkdir(parents=True)
     cut.write_text("{}")
-    with pytest.raises(ConfError, match="resume=true"):
-        conf.prepare_run_dir(config)
-    conf.prepare_run_dir(load("resume=true"))
+    with pytest.raises(ConfError, match="resume=true"), conf.run_folder(config):
+        pass
+    with conf.run_folder(load("resume=true")):
+        assert conf.load([f"conf={folder / conf.RESOLVED}"]) == config  # without resume
 
 
 def test_every_key_is_explained_in_help_and_table() -> None:

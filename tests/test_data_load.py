@@ -176,6 +176,8 @@ def test_openrlhf_jsonl_is_parsed_and_never_evaluated(tmp_path: Path) -> None:
         openrlhf_line("i.png", good),
         openrlhf_line("i.png", evil),
         openrlhf_line("nowhere.png", good),
+        openrlhf_line("x" * 5000, good),
+        openrlhf_line("i.png", "{{'a': 1}}"),
         "{not json",
         {"message": "[]"},
     )
@@ -185,7 +187,10 @@ def test_openrlhf_jsonl_is_parsed_and_never_evaluated(tmp_path: Path) -> None:
     assert data.rows[0].prompt == "Describe."
     assert [q.answer for q in data.rows[0].questions] == [1, 0]
     assert data.rows[0].questions[1].stem == "Shape?"
-    assert sum(data.reject_counts.values()) == 4
+    assert sum(data.reject_counts.values()) == 6
+    for _ in range(2):  # as a resumed run does
+        data.write_rejects(tmp_path / "rejects.jsonl")
+    assert len((tmp_path / "rejects.jsonl").read_text().splitlines()) == 6
     assert not (tmp_path / "evil").exists()
 
 

@@ -206,19 +206,20 @@ def test_another_checkpoint_is_another_judge(folder: Path, tmp_path: Path) -> No
 
 
 class _Faulty:
-    """Refuses every request that names what `refuse` says, or dies."""
+    """Fails the first request, answers the others with what is no number; or dies."""
 
-    def __init__(self, dies: bool) -> None:
+    def __init__(self, dies: bool, *, again: bool = False) -> None:
         self.dies = dies
+        self.again = again
 
     async def generate_many(self, requests: Sequence[Request]) -> list[Response | RequestFailed]:
         if self.dies:
             raise EngineDied("gone")
         nothing = Completion("", (5,), Finish.STOP, (), chosen_logprobs=dict.fromkeys(range(200), math.nan))
-        return [
-            RequestFailed("too long") if i == 0 else Response(r.prompt_token_ids, (nothing,), 0)
-            for i, r in enumerate(requests)
+        answers: list[Response | RequestFailed] = [
+            Response(request.prompt_token_ids, (nothing,), 0) for request in requests
         ]
+        return [RequestFailed("too long", again=self.again), *answers[1:]]
 
     def stats(self) -> object:
         raise NotImplementedError
@@ -232,6 +233,9 @@ def test_no_failure_becomes_a_score(folder: Path) -> None:
     assert "refused" in (row[0].reason or "")
     assert "no numbers" in (row[1].reason or "")
     assert all(verdict.score is None for verdict in row)
+    assert {verdict.outcome for verdict in row} == {Outcome.UNSCORABLE}
+    aborted = _ask(Judge(_Faulty(dies=False, again=True), judge_config(folder)), QUESTIONS)[0][0]
+    assert (aborted.outcome, aborted.score) == (Outcome.JUDGE_DOWN, None)
     with pytest.raises(EngineDied):
         _ask(Judge(_Faulty(dies=True), judge_config(folder)), QUESTIONS)
 

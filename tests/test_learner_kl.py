@@ -10,10 +10,19 @@ import msgspec
 import pytest
 import torch
 import torch.multiprocessing as mp
-from learner_kit import POLICY, images, make_batch, tiny_config, tiny_processor
+from learner_kit import (
+    images,
+    join_alone,
+    make_batch,
+    near_policy,
+    plain_logprobs,
+    plain_reference,
+    tiny_config,
+    tiny_processor,
+)
 
 from caprl_async.config import KLConfig, KLEstimator, KLPlace
-from caprl_async.types import ScoredGroup, TrainBatch
+from caprl_async.types import TrainBatch
 
 COEF = 1.0
 
@@ -24,25 +33,6 @@ def by_hand(policy: float, reference: float, kind: KLEstimator) -> float:
     if kind is KLEstimator.k1:
         return -math.log(ratio)
     return math.log(ratio) ** 2 / 2 if kind is KLEstimator.k2 else ratio - 1 - math.log(ratio)
-
-
-def reference_logprobs(model: Any, processor: Any, scored: ScoredGroup) -> list[list[float]]:
-    """Of the group's captions, by transformers' own forward of one unpadded row each."""
-    found = []
-    for caption in scored.group.captions:
-        prompt = list(scored.group.prompt_token_ids)
-        ids = torch.tensor([prompt + list(caption.token_ids)])
-        with torch.no_grad():
-            logits = model(
-                input_ids=ids,
-                pixel_values=processor.pixels(scored.image).pixel_values.double(),
-                image_grid_thw=torch.tensor([scored.group.image_grid[0]]),
-                mm_token_type_ids=(ids == processor.image_token_id).int(),
-            ).logits[0, len(prompt) - 1 : -1]
-        logits[:, list(processor.banned_token_ids)] = -torch.inf
-        tokens = torch.tensor(caption.token_ids).unsqueeze(1)
-        found.append(logits.log_softmax(-1).gather(1, tokens).squeeze(1).tolist())
-    return found
 
 
 def lowered(
@@ -61,19 +51,6 @@ def lowered(
     return msgspec.structs.replace(batch, groups=tuple(groups)), every
 
 
-def near_policy(batch: TrainBatch, references: list[list[list[float]]]) -> TrainBatch:
-    """The batch as an engine would have sampled it: its log-probabilities are near the policy's."""
-    groups = []
-    for scored, of_group in zip(batch.groups, references, strict=True):
-        captions = tuple(
-            msgspec.structs.replace(c, logprobs=tuple(r + 0.3 * math.sin(7 * r) for r in reference))
-            for c, reference in zip(scored.group.captions, of_group, strict=True)
-        )
-        group = msgspec.structs.replace(scored.group, captions=captions)
-        groups.append(msgspec.structs.replace(scored, group=group))
-    return msgspec.structs.replace(batch, groups=tuple(groups))
-
-
 def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     """Share of the entries."""
     far = torch.cat([(one[name] - other[name]).abs().flatten() > 1e-5 for name in one])
@@ -81,18 +58,13 @@ def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> f
 
 
 def compare(_: int, folder: str) -> None:
-    from caprl_async.learner.engine import join_group, prepare
-    from caprl_async.learner.model import load_policy
+    join_alone()
     from caprl_async.learner.trainer import Trainer
 
-    torch.set_num_threads(1)
-    prepare("cpu")
-    join_group(0, 1, "127.0.0.1", 0, device="cpu", listener=None, timeout_s=60)
     processor = tiny_processor()
-    batch = make_batch(processor, images(Path(folder), 2), 3, lengths=(2, 12))
-    plain = load_policy(POLICY, "float32").double().eval()
-    references = [reference_logprobs(plain, processor, scored) for scored in batch.groups]
-    batch = near_policy(batch, references)
+    plain = plain_reference(tiny_config())
+    batch = near_policy(make_batch(processor, images(Path(folder), 2), 3, lengths=(2, 12)), plain)
+    references = [plain_logprobs(plain, scored) for scored in batch.groups]
 
     def trained(on: TrainBatch, **learner: Any) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
         trainer = Trainer(tiny_config(warmup_steps=1, **learner), processor, 0, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from replay_kit import StubJudge, StubRollout, connected, make_config, run, running, shuffled, write_data
@@ -51,6 +52,30 @@ def test_evaluation_asks_every_judge_about_the_same_captions(tmp_path: Path) -> 
         assert len(lines) == 4
         assert lines[0]["questions"]["judge"][1]["answer"] == "unknown"
         assert lines[0]["finish"] == "stop"
+
+    run(whole())
+
+
+def only_of_the_first(caption: str, facts: str) -> SimpleNamespace:
+    """An `evaluate.program` that cannot read most captions."""
+    if "/0 " not in caption:
+        raise ZeroDivisionError("division by zero")
+    return SimpleNamespace(stated=2, correct=1, total=4)
+
+
+def test_a_program_that_fails_at_one_caption_costs_the_others_nothing(tmp_path: Path) -> None:
+    async def whole() -> None:
+        config = make_config(tmp_path)
+        config.evaluate.program = "test_replay_evaluation:only_of_the_first"
+        async with (
+            running(config, tmp_path) as (queue, address),
+            connected(address, StubRollout(), StubJudge()),
+        ):
+            result = await queue.evaluate(EvalSpec(name="start", images=4))
+            assert result["facts"] == {"precision": 0.5, "recall": 0.25, "stated_mean": 2.0}
+            assert result["judges"]["judge"]["n"] == 8
+            errors = [error["error"] for error in (await queue.status())["errors"]]
+            assert errors == ["evaluate.program: ZeroDivisionError: division by zero"] * 3
 
     run(whole())
 

@@ -50,7 +50,7 @@ def test_a_dead_rollouts_prompts_are_captioned_by_its_successor(tmp_path: Path) 
 def test_a_silent_peer_loses_its_leases_to_another(tmp_path: Path) -> None:
     async def whole() -> None:
         config = make_config(tmp_path)
-        config.replay.peer_timeout_s = 1.5
+        config.replay.peer_timeout_s = 4.0
         hung, other, judge = StubRollout(), StubRollout("rollout-1"), StubJudge()
         async with running(config, tmp_path) as (queue, address), connected(address, judge):
             learner = StubLearner(address)
@@ -58,7 +58,9 @@ def test_a_silent_peer_loses_its_leases_to_another(tmp_path: Path) -> None:
                 await socket.send(encode(hung.hello))
                 await socket.send(encode(Credit(free=2, version=Version(0, 0))))
                 await queue.open_admission()
-                await socket.recv()  # it has work and says no more
+                for _ in range(2):
+                    await socket.recv()
+                # It has work and says no more.
                 async with connected(address, other):
                     assert await learner.batch(Version(0, 0))
                     while (await queue.status())["peers"]["rollout-0"]["alive"]:

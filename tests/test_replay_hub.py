@@ -121,6 +121,8 @@ def test_a_row_whose_image_is_broken_is_evicted_and_the_rest_go_on(tmp_path: Pat
             batch = await learner.batch(Version(0, 0))
             assert 1 not in {scored.index for scored in batch.groups}
             assert (await queue.status())["evicted"] == {"bad_row": 1}
+            (reject,) = map(json.loads, (tmp_path / "rejects.jsonl").read_text().splitlines())
+            assert (reject["row_id"], reject["reason"]) == ("row-1", "bad_image")
             assert (await queue.audit())["violations"] == []
             learner.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import pytest
 from process_kit import MARK, left_running
 
 from caprl_async import conf, types
-from caprl_async.config import Config
+from caprl_async.config import BandsConfig, Config
 from caprl_async.ring.supervisor import Supervisor
 
 STEPS = 6
@@ -43,7 +44,8 @@ def turned(tmp_path_factory: pytest.TempPathFactory) -> Turned:
             *("conf=conf/demo.yaml", f"run_dir={run_dir}", f"steps={STEPS}", f"replay.batch_groups={GROUPS}"),
             *("evaluate.heldout_judge.model=", "evaluate.heldout_judge.data=", "evaluate.dense_policy="),
             # So narrow that the engine is what the others wait for: each update meets captions half-way.
-            *("observe.samples_per_step=8", "rollout.engine.max_num_seqs=2"),
+            *("observe.samples_per_step=8", "rollout.engine.max_num_seqs=1"),
+            *("replay.max_staleness=4",),
         ]
     )
     run = Turned(run_dir)
@@ -113,6 +115,11 @@ def test_the_learner_trains_while_captions_are_made(turned: Turned) -> None:
     from caprl_async.observe.overlap import overlap_from_ledger
 
     assert overlap_from_ledger(turned.run_dir / "ledger.sqlite") >= 0.5
+
+
+def test_every_band_watches_a_metric_that_a_step_has(turned: Turned) -> None:
+    bands = {band.name for band in dataclasses.fields(BandsConfig)}
+    assert all(bands <= set(metrics) for metrics in turned.metrics)
 
 
 def test_ledger_has_every_prompt_once(turned: Turned) -> None:

@@ -31,7 +31,7 @@ from caprl_async.types import (
 )
 
 
-def prompt(image: ImageRef, index: int = 0, max_tokens: int = 12) -> Prompt:
+def prompt(image: ImageRef, index: int = 0, max_tokens: int = 12, min_tokens: int = 0) -> Prompt:
     return Prompt(
         key=f"train/{index}",
         index=index,
@@ -39,7 +39,7 @@ def prompt(image: ImageRef, index: int = 0, max_tokens: int = 12) -> Prompt:
         row_id=f"row{index}",
         image=image,
         text=PROMPT,
-        sampling=Sampling(n=4, temperature=1.0, max_tokens=max_tokens),
+        sampling=Sampling(n=4, temperature=1.0, max_tokens=max_tokens, min_tokens=min_tokens),
     )
 
 
@@ -120,9 +120,9 @@ def test_leases_become_groups_and_failures_become_answers(model: str, tmp_path: 
         assert (failed.lease, failed.group) == (2, None)
         assert "gone.png" in failed.failure
 
-        await ring.say(GenerateLease(lease=3, prompt=prompt(image, 2, max_tokens=200)))
+        await ring.say(GenerateLease(lease=3, prompt=prompt(image, 2, max_tokens=150, min_tokens=150)))
         while ring.actor.engine.stats().running == 0:
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0)
         await ring.say(Revoke(lease=3))
         await ring.hear(Generated)
         while ring.actor.engine.stats().running:

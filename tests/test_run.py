@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -11,9 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
+from engine_kit import MAX_PIXELS, MIN_PIXELS, PROMPT, noise_image, tiny_engine
 from process_kit import MARK, left_running
 
+from caprl_async.data.processor import PolicyProcessor
+from caprl_async.engine.build import VisionLimits
+from caprl_async.engine.engine import Engine
+from caprl_async.engine.types import Request
 from caprl_async.run import main
+from caprl_async.types import ImageRef
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["replay.batch_groups=4", "evaluate.images=8", "evaluate.dense_policy=", "checkpoint.interval=2"]
@@ -68,6 +75,7 @@ def test_a_run_its_folder_and_its_resume(tmp_path: Path) -> None:
     assert "<svg" in (folder / "report.html").read_text()
     assert list((folder / "tensorboard").glob("events*"))
     _loads_in_transformers(folder / "model")
+    _captions_in_vllm(folder / "model", noise_image(tmp_path, 112, 112))
 
     second = _run(f"run_dir={folder}", "steps=3")
     assert second.returncode == 2
@@ -86,6 +94,19 @@ def _loads_in_transformers(folder: Path) -> None:
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     AutoProcessor.from_pretrained(folder)
+
+
+def _captions_in_vllm(folder: Path, image: ImageRef) -> None:
+    processor = PolicyProcessor(str(folder), MIN_PIXELS, MAX_PIXELS)
+    limits = VisionLimits(MIN_PIXELS, MAX_PIXELS)
+    engine = Engine(str(folder), tiny_engine(), seed=0, vision=limits)
+    try:
+        answer = asyncio.run(
+            engine.generate(Request(processor.prompt_ids(PROMPT), image=image, max_tokens=9))
+        )
+        assert answer.completions[0].token_ids
+    finally:
+        engine.close()
 
 
 @pytest.mark.slow

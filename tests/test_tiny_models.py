@@ -124,6 +124,19 @@ def test_answers_follow_from_the_caption(key: str, attribute: str, answer: str |
     assert answer_from(Ask("scene", attribute, key, ""), color, {"topright": "star"}) == answer
 
 
+@pytest.mark.parametrize("judge", ["judge (words)", "heldout_judge (words)"])
+def test_the_saved_measurements_make_a_valid_judge(judge: str) -> None:
+    """On all held-out images: right with the caption, at chance without, honest about what is missing."""
+    rows = json.loads((MODELS / "validity.json").read_text())["judges"][judge]
+    found = {name: cell["mean"] for name, cell in rows.items()}
+    chance = found["chance of the forced choice"]
+    assert rows["full caption"]["n"] == 1600
+    assert found["full caption"] >= 0.95
+    assert abs(found["blind, forced choice"] - chance) <= 0.03
+    assert abs(found["other caption, forced choice"] - chance) <= 0.03
+    assert found["fact left out, says unknown"] >= 0.95
+
+
 def test_card_shows_the_saved_measurements() -> None:
     report = json.loads((MODELS / "validity.json").read_text())
     card = (MODELS / "README.md").read_text()

@@ -177,8 +177,7 @@ def test_after_an_update_the_engine_computes_with_the_new_weights(rig: Rig) -> N
         logprobs(output), rig.right_logprobs(rig.start, output, image(1)), atol=100 * TOLERANCE
     )
     assert [span.version for span in output.outputs[0].weight_versions] == [str(version)]
-    assert seconds["total"] < 5.0
-    print({name: round(value, 4) for name, value in seconds.items()})
+    assert seconds["total"] >= seconds["transfer"] > 0
 
 
 def test_an_update_in_the_middle_of_generation_keeps_every_request(rig: Rig) -> None:

@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-
-os.environ["RAY_AUTH_MODE"] = "disabled"
-
 import ray
+import torch
 from ray.exceptions import RayActorError
 from weights_kit import StubEngine
 
@@ -24,7 +21,7 @@ from caprl_async.weights.sender import WeightSender
 from caprl_async.weights.sync import WeightSync
 from caprl_async.weights.types import LearnerLost, SyncReport
 
-CONFIG = WeightsConfig(backend=WeightBackend.gloo, timeout_s=8.0)
+CONFIG = WeightsConfig(backend=WeightBackend.gloo, timeout_s=30.0)
 
 
 @ray.remote(num_cpus=0.01, max_concurrency=4)
@@ -76,6 +73,8 @@ class Rollout:
 @pytest.fixture(scope="module")
 def actors() -> Iterator[tuple[Any, dict[str, Any]]]:
     """One set for all tests: a process costs seconds of imports."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAY_AUTH_MODE", "disabled")
     ray.init(
         num_cpus=2,
         include_dashboard=False,
@@ -85,6 +84,7 @@ def actors() -> Iterator[tuple[Any, dict[str, Any]]]:
     )
     yield Learner.remote(), {f"rollout-{k}": Rollout.remote() for k in range(2)}
     ray.shutdown()
+    patch.undo()
 
 
 @pytest.fixture

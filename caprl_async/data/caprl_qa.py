@@ -15,6 +15,7 @@ from caprl_async.data.rows import BadRow, DataError, Reject, Row
 _NEEDED = ("id", "image", "reward_model")
 _OPTIONAL = ("prompt", "reference_caption", "facts")
 _BATCH = 256  # rows decoded at a time
+_SHOWN = 300  # characters of a path
 
 
 def read(path: Path, abstain: str) -> Iterator[Row | Reject]:
@@ -82,8 +83,12 @@ def image_source(value: Any, folder: Path) -> bytes | Path:
     if not isinstance(value, str) or not value:
         raise BadRow("missing_image")
     path = folder / value.removeprefix("file://")
-    if not path.is_file():
-        raise BadRow("missing_image", f"no file {path}")
+    try:
+        found = path.is_file()
+    except OSError as error:  # a name too long, as that of an image written out as text
+        raise BadRow("missing_image", f"{error.strerror}: {str(path)[:_SHOWN]}") from error
+    if not found:
+        raise BadRow("missing_image", f"no file {str(path)[:_SHOWN]}")
     return path
 
 

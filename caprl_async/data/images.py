@@ -50,8 +50,8 @@ def _check(data: bytes, name: str) -> None:
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()  # a full decode: `verify` passes truncated files
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadImage(f"{name}: {error}") from error
+    except Exception as error:  # what a decoder raises at a broken file is anything
+        raise BadImage(f"{name}: {error or type(error).__name__}") from error
 
 
 def _write(target: Path, data: bytes) -> None:

@@ -149,7 +149,7 @@ def literal(text: Any) -> Any:
 def _python_literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
         raise BadRow("malformed_answers", f"neither JSON nor a literal: {error}") from error
 
 

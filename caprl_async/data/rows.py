@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -78,8 +78,17 @@ class Dataset:
         return dict(Counter(reject.reason for reject in self.rejects))
 
     def write_rejects(self, path: Path) -> None:
-        """One JSON object per rejected question or row, with the name of the data file."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as out:
-            for reject in self.rejects:
-                out.write(json.dumps({"file": str(self.path), **asdict(reject)}, ensure_ascii=False) + "\n")
+        """Adds what `path` does not hold yet; see `append_rejects`."""
+        append_rejects(path, self.path, self.rejects)
+
+
+def append_rejects(path: Path, file: Path, rejects: Sequence[Reject]) -> None:
+    """One JSON line per rejected question or row of a data file, each once, also over resumed runs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = set(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else set()
+    with path.open("a", encoding="utf-8") as out:
+        for reject in rejects:
+            line = json.dumps({"file": str(file), **asdict(reject)}, ensure_ascii=False)
+            if line not in known:
+                known.add(line)
+                out.write(line + "\n")

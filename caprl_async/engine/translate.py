@@ -93,7 +93,7 @@ def response(request: Request, output: Any, tokenizer: Any) -> Response:
 
 def _completion(request: Request, completion: Any, tokenizer: Any) -> Completion:
     if completion.finish_reason not in _FINISH:
-        raise RequestFailed(f"vLLM ended the request: {completion.finish_reason}")
+        raise RequestFailed(f"vLLM ended the request: {completion.finish_reason}", again=True)
     ids = tuple(completion.token_ids)
     if completion.weight_versions is None:
         raise RequestFailed("vLLM did not say which weights sampled the tokens")

@@ -52,4 +52,11 @@ class EngineDied(RuntimeError):
 
 
 class RequestFailed(RuntimeError):
-    """This one request cannot be answered (too long, unreadable image); the engine goes on."""
+    """This one request cannot be answered (too long, unreadable image); the engine goes on.
+
+    With `again` the fault is not in the request: it may be answered if it is asked again.
+    """
+
+    def __init__(self, message: str, *, again: bool = False) -> None:
+        super().__init__(message)
+        self.again = again

@@ -22,14 +22,10 @@ from caprl_async.observe.overlap import overlap_from_ledger
 from caprl_async.observe.progress import Progress
 from caprl_async.observe.report import write_report
 from caprl_async.observe.table import Row, print_table, reference_length, write_result
-from caprl_async.replay.evaluation import EvalSpec
+from caprl_async.replay.evaluation import heldout_spec
 from caprl_async.ring import cluster
-from caprl_async.ring.errors import RingFailed
 from caprl_async.ring.supervisor import Supervisor
-from caprl_async.types import FOREIGN, Sampling
-
-EXPECTED = (RingFailed, TimeoutError, OSError)
-"""Failures whose message is all that a user needs."""
+from caprl_async.types import FOREIGN
 
 
 def run(config: Config) -> None:
@@ -38,14 +34,17 @@ def run(config: Config) -> None:
     Raises:
         RingFailed: an actor could not go on.
     """
-    began = time.time()
     conf.check_machine(config)
-    run_dir = conf.prepare_run_dir(config)
-    console = Console(stderr=True)
-    cluster.connect(config.ring, log_level=config.observe.log_level)
+    with conf.run_folder(config) as run_dir:
+        _run(config, run_dir, Console(stderr=True))
+
+
+def _run(config: Config, run_dir: Path, console: Console) -> None:
+    began = time.time()
     CapRL.on_message = staticmethod(lambda text: console.print(text, style="dim", markup=False))
     algorithm: CapRL | None = None
     try:
+        cluster.connect(config.ring, log_level=config.observe.log_level)
         algorithm = CapRLConfig().conf(config).build_algo()
         assert isinstance(algorithm, CapRL)
         job = _Training(config, run_dir, algorithm, console)
@@ -69,8 +68,6 @@ class _Training:
         self.ring: Supervisor = algorithm.ring
         self.console = console
         self.rows: dict[str, Row] = {}
-        heldout = ("heldout",) if config.evaluate.heldout_judge.model else ()
-        self.judges = ("judge", *heldout)
 
     def whole(self, began: float) -> None:
         config = self.config
@@ -164,22 +161,9 @@ class _Training:
         foreign: bool = False,
     ) -> Row:
         config = self.config
-        sampling = Sampling(
-            n=1,
-            temperature=config.evaluate.temperature,
-            max_tokens=config.rollout.max_tokens,
-            min_tokens=min_tokens,
-            seed=config.seed,
-        )
+        version = FOREIGN if foreign else None
         result = self.ring.evaluate(
-            EvalSpec(
-                name=name,
-                source=source,
-                images=config.evaluate.images,
-                sampling=sampling if source == "policy" else None,
-                version=FOREIGN if foreign else None,
-                judges=self.judges,
-            )
+            heldout_spec(config, name, source, min_tokens=min_tokens, version=version)
         )
         length = None
         if source == "reference":

@@ -113,6 +113,10 @@ class Judge:
     def _verdict(self, asking: Asking, answers: Sequence[Response | RequestFailed]) -> Verdict:
         responses = []
         for answer in answers:
+            if isinstance(answer, RequestFailed) and answer.again:
+                return Verdict(
+                    question_id=asking.question.question_id, outcome=Outcome.JUDGE_DOWN, reason=str(answer)
+                )
             if isinstance(answer, RequestFailed):
                 return unscorable(asking.question, f"the judge's engine refused the prompt: {answer}")
             responses.append(answer)

@@ -168,8 +168,8 @@ class LearnerActor:
         Raises:
             RanksDisagree: the ranks did not get the same batch.
             LearnerStopped: while waiting.
-            BadBatch, PixelsDiffer, NotFinite, GradientNotFinite: from the trainer. The captions of a
-                NotFinite are in `run_dir/not_finite/`.
+            BadBatch, PixelsDiffer, NotFinite: from the trainer. The captions of a NotFinite are in
+                `run_dir/not_finite/`.
         """
         with self._stepping:
             return self._step(version)

@@ -10,7 +10,7 @@ from torch import Tensor
 from caprl_async.config import AdvantageConfig, AdvantageKind
 
 STD_FLOOR = 1e-6
-"""Added to standard deviations; far below any spread that the queue lets through as a group."""
+"""Added to standard deviations, so that a spread of rounding errors is not blown up."""
 
 
 def group_advantages(rewards: Tensor, kind: AdvantageKind) -> Tensor:

@@ -22,7 +22,7 @@ class BadBatch(ValueError):
 
 
 class NotFinite(FloatingPointError):
-    """A log-probability, reward or loss is NaN or infinite; no optimizer has moved."""
+    """A log-probability, weight, reward, loss or gradient is NaN or infinite; its update moved nothing."""
 
     def __init__(self, message: str, captions: Sequence[str]) -> None:
         super().__init__(message)

@@ -22,7 +22,7 @@ _TAG = "state"
 
 
 class GradientNotFinite(FloatingPointError):
-    """The norm of the gradient is NaN or infinite; the weights of this rank are not to be used any more."""
+    """The norm of the gradient is NaN or infinite; the optimizer has not moved."""
 
 
 def learning_rate(step: int, steps: int, config: LearnerConfig) -> float:
@@ -154,6 +154,7 @@ class TrainEngine:
             self._check(norm)
         self._engine.step()
         if norm is None:
+            # ZeRO knows the norm of its parts only here; it has left the step out if that is not finite.
             norm = float(self._engine.get_global_grad_norm())
             self._check(norm)
         return norm
@@ -164,9 +165,7 @@ class TrainEngine:
 
     def _check(self, norm: float) -> None:
         if not math.isfinite(norm):
-            raise GradientNotFinite(
-                f"gradient norm is {norm}; go on from the last checkpoint with a lower learner.lr"
-            )
+            raise GradientNotFinite(f"the norm of the gradient is {norm}")
 
     def gather(self, module: nn.Module) -> dict[str, Tensor] | None:
         """Copies of all parameters of a submodule by name, on the CPU of rank 0; None on the other ranks."""

@@ -63,7 +63,7 @@ class TokenStats:
     bounded: Tensor  # 1 where a bound changed the importance weight
     clipped: Tensor  # 1 where the trust region held the token
     gap: Tensor  # current - behaviour log-probability
-    kl: Tensor  # estimate of the KL to the reference; 0 without one
+    kl: Tensor  # estimate of the KL to the reference; NaN without one
     staleness: Tensor
     entropy: Tensor
 
@@ -95,7 +95,7 @@ def policy_loss(
         current, proximal.detach(), tokens.advantages, tokens.rows, correction.trust_region
     )
     per_token = -importance * gain
-    kl = torch.zeros_like(current)
+    kl = torch.full_like(current, torch.nan)
     if reference is not None:
         kl = kl_estimate(current, reference, config.kl.estimator)
         per_token = per_token + config.kl.coef * kl

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -23,13 +24,22 @@ from caprl_async.learner.batch import (
     with_advantages,
 )
 from caprl_async.learner.corrections import proximal_logprobs
-from caprl_async.learner.engine import TrainEngine, gather_rows, learning_rate, ranks_where
+from caprl_async.learner.engine import (
+    GradientNotFinite,
+    TrainEngine,
+    gather_rows,
+    learning_rate,
+    ranks_where,
+)
 from caprl_async.learner.losses import TokenStats, kl_estimate, policy_loss
 from caprl_async.learner.model import PolicyModel, load_policy, prompt_positions
 from caprl_async.learner.pixels import PixelCache
 from caprl_async.learner.statistics import summarise
 from caprl_async.learner.tensors import MicroTensors, collate
 from caprl_async.types import TrainBatch
+
+_OF_FIRST = ("logprob_gap", "kl_behaviour", "effective_samples_raw")
+_REMEDY = "the weights may have diverged: go on from an earlier checkpoint with a lower learner.lr"
 
 
 class Trainer:
@@ -76,7 +86,7 @@ class Trainer:
         A batch in which no group has anything to learn moves nothing.
 
         Raises:
-            BadBatch, PixelsDiffer, NotFinite, GradientNotFinite: see there.
+            BadBatch, PixelsDiffer, NotFinite: see there.
         """
         began = time.perf_counter()
         learner = self.config.learner
@@ -94,14 +104,17 @@ class Trainer:
         # Before the first update the policy is the proximal one: only later parts need a pass of their own.
         anchors = [None, *(self._anchor(plan) for plan in plans[1:])]
         updates = [self._update(plan, anchor, lr) for plan, anchor in zip(plans, anchors, strict=False)]
-        for name in updates[0] if updates else ():
-            metrics[name] = sum(update[name] for update in updates) / len(updates)
+        metrics |= _over_updates(updates)
         metrics |= penalty
         metrics["train_s"] = time.perf_counter() - began
         return metrics
 
     def _penalised(self, sequences: Sequence[TrainSequence]) -> tuple[list[TrainSequence], dict[str, float]]:
-        """Takes `kl.coef * sum_t KL_t` off each reward, KL of the policy that sampled it; and its metrics."""
+        """Takes `kl.coef * sum_t KL_t` off each reward, KL of the policy that sampled it; and its metrics.
+
+        Raises:
+            NotFinite: on every rank, if a penalty is NaN or infinite.
+        """
         places = {s.name: i for i, s in enumerate(sequences)}
         plan = make_plan(
             [replace(s, weight=1.0) for s in sequences], self.world, self.config.learner.micro_batch_tokens
@@ -117,6 +130,9 @@ class Trainer:
             found.index_add_(0, rows[tensors.token_rows], kl)
         kl = gather_rows(found.unsqueeze(1)).sum(1)
         penalties = (self.config.learner.kl.coef * kl).tolist()
+        wrong = [s.name for s, penalty in zip(sequences, penalties, strict=True) if not isfinite(penalty)]
+        if wrong:
+            raise NotFinite(f"the KL to the reference of {', '.join(wrong[:8])} is not finite", wrong)
         metrics = {
             "kl": kl.sum().item() / sum(len(s.caption) for s in sequences),
             "kl_penalty_mean": sum(penalties) / len(penalties),
@@ -151,12 +167,17 @@ class Trainer:
             )
             reference = self._reference_logprobs(tensors) if learner.kl.place is KLPlace.loss else None
             loss, stats = policy_loss(current, entropy, proximal, tensors.loss_tokens, learner, reference)
-            wrong += _not_finite(tensors, current, loss)
+            wrong += _not_finite(tensors, current, stats, loss)
             self.engine.backward(loss, last=i == len(micros) - 1)
             total += loss.detach()
             rows.append(_stat_rows(stats, tensors.weights > 0))
         self._stop_if(wrong)
-        norm = self.engine.step(lr)
+        try:
+            norm = self.engine.step(lr)
+        except GradientNotFinite as error:
+            every = [s.name for rank in plan.ranks for m in rank for s in m.sequences if s.weight]
+            found = f"{error}, of the {len(every)} captions of this update"
+            raise NotFinite(f"{found}; {_REMEDY}", every) from error
         everywhere = gather_rows(torch.cat(rows, dim=1))
         losses = gather_rows(total.reshape(1, 1))
         return {
@@ -184,8 +205,7 @@ class Trainer:
         if ranks:
             named = ", ".join(wrong[:8]) or "captions of other ranks, see their errors"
             raise NotFinite(
-                f"loss or log-probabilities are not finite on ranks {ranks}: {named}; the weights may have "
-                "diverged: go on from an earlier checkpoint with a lower learner.lr",
+                f"loss, weights or log-probabilities are not finite on ranks {ranks}: {named}; {_REMEDY}",
                 wrong,
             )
 
@@ -198,11 +218,29 @@ def _stat_rows(stats: TokenStats, real: Tensor) -> Tensor:
     return torch.stack([getattr(stats, f.name).float() for f in fields(TokenStats)])[:, real]
 
 
-def _not_finite(tensors: MicroTensors, logprobs: Tensor, loss: Tensor) -> list[str]:
-    """Names of the rows with a log-probability that is no number; all rows if only the loss is none."""
-    if bool(loss.isfinite()) and bool(logprobs.isfinite().all()):
+def _over_updates(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Metrics of a batch from those of its updates: means, largest of the largest, least of the least.
+
+    What compares with the sampling policy is of the first update: the later ones see their forerunners too.
+    """
+    metrics = {}
+    for name in updates[0] if updates else ():
+        values = [update[name] for update in updates]
+        if name.startswith(_OF_FIRST):
+            metrics[name] = values[0]
+        elif name.endswith("_max"):
+            metrics[name] = max(values)
+        else:
+            metrics[name] = min(values) if name.endswith("_min") else sum(values) / len(values)
+    return metrics
+
+
+def _not_finite(tensors: MicroTensors, logprobs: Tensor, stats: TokenStats, loss: Tensor) -> list[str]:
+    """Names of the rows with a number that is none, even behind a bound; all if only the loss is none."""
+    finite = logprobs.isfinite() & stats.raw.isfinite() & stats.ratio.isfinite()
+    if bool(loss.isfinite()) and bool(finite.all()):
         return []
-    rows = tensors.token_rows[~logprobs.isfinite()].unique().tolist()
+    rows = tensors.token_rows[~finite].unique().tolist()
     return [tensors.names[row] for row in rows] or list(tensors.names)
 
 

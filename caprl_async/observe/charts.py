@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from caprl_async.observe import names
 from caprl_async.observe.metrics import Row
+from caprl_async.replay.metrics import SHOWN_AGES
 
 # Matplotlib draws in these; in the SVG they become CSS variables, so that one drawing fits light and dark.
 _INK, _GRID = "#010203", "#040506"
@@ -60,7 +61,12 @@ CHARTS = (
     Chart(
         "Log-probability mismatch",
         "|engine − learner| per token; fresh: tokens of the learner's own version",
-        (Line("all tokens", names.LOGPROB_GAP), Line("fresh tokens", names.LOGPROB_GAP_FRESH)),
+        (
+            Line("mean", names.LOGPROB_GAP),
+            Line("99th percentile", "logprob_gap_p99"),
+            Line("largest", "logprob_gap_max"),
+            Line("fresh tokens, mean", names.LOGPROB_GAP_FRESH),
+        ),
         log=True,
     ),
     Chart(
@@ -85,19 +91,28 @@ CHARTS = (
     Chart(
         "Staleness, shares",
         "of the batch's tokens, by learner steps",
-        tuple(Line(str(age), f"staleness_share_{age}") for age in range(len(_SERIES))),
+        (
+            *(Line(str(age), f"staleness_share_{age}") for age in range(SHOWN_AGES)),
+            Line(f"{SHOWN_AGES} or more", "staleness_share_older"),
+        ),
         percent=True,
     ),
     Chart(
         "Importance weights",
         "proximal / behaviour; 1 is on policy",
-        (Line("mean", "importance_mean"), Line("largest", "importance_max"), Line("least", "importance_min")),
+        (
+            Line("mean", "importance_mean"),
+            Line("largest", "importance_max"),
+            Line("least", "importance_min"),
+            Line("largest, before its bounds", "importance_raw_max"),
+        ),
     ),
     Chart(
         "Effective samples",
         "share of the tokens that carry the update, and of those held by a bound or the trust region",
         (
             Line("effective", "effective_samples"),
+            Line("effective, uncorrected", "effective_samples_raw"),
             Line("bounded", "importance_bounded"),
             Line("clipped", "clip_fraction"),
         ),

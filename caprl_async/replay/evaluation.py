@@ -44,9 +44,36 @@ class EvalSpec(Struct, frozen=True):
         "policy"  # sampled, from the data set, or empty captions
     )
     images: int = 0  # the first so many held-out rows; 0: all
-    sampling: Sampling | None = None  # None: one caption at evaluate.temperature
+    sampling: Sampling = Sampling(n=1, temperature=1.0, max_tokens=1024)  # of the policy's captions
     version: Version | None = None  # caption only under exactly these weights
     judges: tuple[str, ...] = ("judge",)
+
+
+def heldout_spec(
+    config: Config,
+    name: str,
+    source: Literal["policy", "reference", "blind"] = "policy",
+    *,
+    min_tokens: int = 0,
+    version: Version | None = None,
+) -> EvalSpec:
+    """What `evaluate.*` says: the held-out images, one caption each, every judge that there is."""
+    evaluate = config.evaluate
+    sampling = Sampling(
+        n=1,
+        temperature=evaluate.temperature,
+        max_tokens=config.rollout.max_tokens,
+        min_tokens=min_tokens,
+        seed=config.seed,
+    )
+    return EvalSpec(
+        name=name,
+        source=source,
+        images=evaluate.images,
+        sampling=sampling,
+        version=version,
+        judges=("judge", "heldout") if evaluate.heldout_judge.model else ("judge",),
+    )
 
 
 class Accuracy(TypedDict):
@@ -159,8 +186,12 @@ class EvalRun:
         item.text, item.tokens, item.finish, item.failures = text, tokens, finish, 0
         facts = item.prepared.row.facts
         if self._program is not None and facts is not None:
-            score = self._program(text, facts)
-            item.facts = {"stated": score.stated, "correct": score.correct, "total": score.total}
+            try:
+                score = self._program(text, facts)
+                item.facts = {"stated": score.stated, "correct": score.correct, "total": score.total}
+            except Exception as error:  # the user's program: one caption costs the others nothing
+                fault = f"evaluate.program: {type(error).__name__}: {error}"
+                self._on_error(item.prepared.row.row_id, fault)
         self._to_judge.extend((0.0, item, judge) for judge in self._questions if self._asked(item, judge))
 
     # ------------------------------------------------------------ work (WorkOwner)
@@ -219,12 +250,7 @@ class EvalRun:
     def _prompt(self, item: Item) -> Prompt:
         config, row = self._config, item.prepared.row
         assert item.prepared.image is not None, "an image that could not be read was not failed"
-        sampling = self.spec.sampling or Sampling(
-            n=1,
-            temperature=config.evaluate.temperature,
-            max_tokens=config.rollout.max_tokens,
-            seed=config.seed,
-        )
+        sampling = self.spec.sampling
         if sampling.seed is not None:  # each image draws its own numbers
             sampling = msgspec.structs.replace(sampling, seed=sampling.seed + item.prepared.index)
         return Prompt(
@@ -328,7 +354,7 @@ def _load_program(name: str) -> Callable[[str, str], Any] | None:
     module, _, function = name.partition(":")
     try:
         program: Callable[[str, str], Any] = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # importing runs the user's module
         raise EvalError(f"evaluate.program={name!r} is no module:function: {error}") from error
     return program
 

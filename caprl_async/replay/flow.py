@@ -34,7 +34,7 @@ _BACKOFF_MAX_S = 5.0
 _REMEDIES = {
     Evicted.FILTERED: "all captions of a group got equal rewards: can this judge answer in this judge.mode?",
     Evicted.UNSCORABLE: "the judge could not score them: look at judge.* and the questions",
-    Evicted.FAILED: "they failed too often: look at the errors in the status",
+    Evicted.FAILED: "they failed too often",
     Evicted.BAD_ROW: "their images cannot be read: look at data.train and data.image_dir",
 }
 
@@ -74,6 +74,7 @@ class TrainFlow:
         self._cut: Cut | None = None
         self._since_cut: Counter[str] = Counter()
         self._rewards_since_cut: list[float] = []
+        self._last_failure = ""
         self._metrics: dict[Version, dict[str, float]] = {}
 
     # ------------------------------------------------------------ admission
@@ -199,6 +200,7 @@ class TrainFlow:
         if life is None:
             return
         self._on_error(work.key, reason)
+        self._last_failure = reason
         life.failures += 1
         wait = min(_BACKOFF_MAX_S, _BACKOFF_S * 2 ** (life.failures - 1))
         life.not_before = now if lost else now + wait
@@ -265,7 +267,7 @@ class TrainFlow:
         self.staleness.update(token_staleness(batch.groups, batch.version))
         since = self._since_cut
         self._metrics[batch.version] = {
-            **batch_metrics(batch.groups, batch.version),
+            **batch_metrics(batch.groups, batch.version, self._replay.max_staleness),
             "reward_all_mean": mean(self._rewards_since_cut),
             "zero_variance_groups": float(since[Evicted.FILTERED.value]),
             "unscorable_groups": float(since[Evicted.UNSCORABLE.value]),
@@ -320,10 +322,12 @@ class TrainFlow:
             return
         most = max(counts, key=lambda reason: counts[reason])
         found = ", ".join(f"{count} {reason.value}" for reason, count in counts.items() if count)
+        last = f"; the last failure was: {self._last_failure}" if counts[Evicted.FAILED] else ""
         raise NothingToTrain(
             f"since the last batch {found} groups were evicted and {len(self._ready)} are ready, "
             f"mean reward {mean(self._rewards_since_cut):.3f}; "
-            f"{_REMEDIES[most]} (limit: replay.max_evicted_batches={self._replay.max_evicted_batches:g})"
+            f"{_REMEDIES[most]}{last} "
+            f"(limit: replay.max_evicted_batches={self._replay.max_evicted_batches:g})"
         )
 
     def _record(self, life: Life, event: Event, version: Version, **detail: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from caprl_async.config import Config
 from caprl_async.data.images import BadImage, ImageStore
 from caprl_async.data.load import load_rows
-from caprl_async.data.rows import Dataset, Row
+from caprl_async.data.rows import Dataset, Reject, Row, append_rejects
 from caprl_async.data.sampler import PromptSampler
 from caprl_async.replay.dispatch import Dispatch
 from caprl_async.replay.evaluation import EvalError, EvalResult, EvalRun, EvalSpec
@@ -50,7 +50,8 @@ class ReplayQueue:
         self._run_dir.mkdir(parents=True, exist_ok=True)
         self._abstain = config.judge.prompt.abstain
         self._train = load_rows(config.data.train, self._abstain)
-        self._train.write_rejects(self._run_dir / "rejects.jsonl")
+        self._rejects = self._run_dir / "rejects.jsonl"
+        self._train.write_rejects(self._rejects)
         self._sampler = PromptSampler(self._train, config.seed, config.data.shuffle)
         self._images = ImageStore(config.data.image_dir or self._run_dir / "images")
         self._ledger = Ledger(self._run_dir / "ledger.sqlite")
@@ -166,14 +167,15 @@ class ReplayQueue:
                 await asyncio.sleep(_TICK_S)
                 continue
             index = self._flow.next_wanted
-            prepared = await asyncio.to_thread(self._put, index, self._sampler.row_at(index))
+            prepared = await asyncio.to_thread(self._put, self._train, index, self._sampler.row_at(index))
             self._flow.offer(prepared)
             await self._pump()
 
-    def _put(self, index: int, row: Row) -> Prepared:
+    def _put(self, data: Dataset, index: int, row: Row) -> Prepared:
         try:
             return Prepared(index, row, self._images.put(row.image))
         except BadImage as error:
+            append_rejects(self._rejects, data.path, [Reject(row.row_id, None, "bad_image", str(error))])
             return Prepared(index, row, None, str(error))
 
     async def _pump(self) -> None:
@@ -258,8 +260,8 @@ class ReplayQueue:
         self._check()
         self._dispatch.revoke(lambda work: work.owner is self._flow)
         self._learners.clear()
-        indices = [index for index, _ in state["outstanding"]]
-        again = await asyncio.to_thread(lambda: [self._put(i, self._sampler.row_at(i)) for i in indices])
+        rows = [(index, self._sampler.row_at(index)) for index, _ in state["outstanding"]]
+        again = await asyncio.to_thread(lambda: [self._put(self._train, index, row) for index, row in rows])
         self._flow.restore(state, version, again)
         self._rates = Rates()
         self._inherited = False
@@ -278,9 +280,9 @@ class ReplayQueue:
         if not _NAME.fullmatch(spec.name) or spec.name in self._evals:
             raise EvalError(f"evaluation name {spec.name!r} is running or is no plain file name")
         questions = {judge: await self._questions_of(judge) for judge in spec.judges}
-        rows = (await self._questions_of("judge")).rows
-        rows = rows[: spec.images] if spec.images else rows
-        prepared = await asyncio.to_thread(lambda: [self._put(i, row) for i, row in enumerate(rows)])
+        data = await self._questions_of("judge")
+        rows = data.rows[: spec.images] if spec.images else data.rows
+        prepared = await asyncio.to_thread(lambda: [self._put(data, i, row) for i, row in enumerate(rows)])
         run, done = EvalRun(spec, self._config, prepared, questions, self._on_error), asyncio.Event()
         self._evals[spec.name] = (run, done)
         try:
@@ -309,6 +311,6 @@ class ReplayQueue:
             raise EvalError("there are no held-out questions: set data.heldout")
         if path not in self._eval_data:
             dataset = await asyncio.to_thread(load_rows, path, self._abstain)
-            dataset.write_rejects(self._run_dir / "rejects.jsonl")
+            dataset.write_rejects(self._rejects)
             self._eval_data[path] = dataset
         return self._eval_data[path]

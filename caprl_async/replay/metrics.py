@@ -9,8 +9,11 @@ from statistics import fmean, pstdev
 from caprl_async.replay.staleness import token_staleness
 from caprl_async.types import Finish, Outcome, ScoredGroup, Version
 
+SHOWN_AGES = 3
+"""Ages of tokens with a share of their own in the report; older ones share one."""
 
-def batch_metrics(groups: Sequence[ScoredGroup], version: Version) -> dict[str, float]:
+
+def batch_metrics(groups: Sequence[ScoredGroup], version: Version, max_staleness: int) -> dict[str, float]:
     """Means over the captions (or verdicts, or tokens) of a batch cut at `version`; lengths in tokens."""
     captions = [caption for scored in groups for caption in scored.group.captions]
     rewards = [parts for scored in groups for parts in scored.rewards]
@@ -18,6 +21,7 @@ def batch_metrics(groups: Sequence[ScoredGroup], version: Version) -> dict[str, 
     scored_verdicts = [verdict for verdict in verdicts if verdict.outcome is Outcome.SCORED]
     totals = [parts.total for parts in rewards if parts.total is not None]
     ages = token_staleness(groups, version)
+    tokens = max(1, sum(ages.values()))
     mixed = [len({span.version for span in caption.spans}) > 1 for caption in captions]
     return {
         "reward_mean": mean(totals),
@@ -29,7 +33,8 @@ def batch_metrics(groups: Sequence[ScoredGroup], version: Version) -> dict[str, 
         "truncated_share": mean(caption.finish is Finish.LENGTH for caption in captions),
         "staleness_mean": mean_of_histogram(ages),
         "staleness_max": float(max(ages, default=0)),
-        **{f"staleness_share_{age}": count / sum(ages.values()) for age, count in sorted(ages.items())},
+        **{f"staleness_share_{age}": ages.get(age, 0) / tokens for age in range(max_staleness + 1)},
+        "staleness_share_older": sum(n for age, n in ages.items() if age >= SHOWN_AGES) / tokens,
         "mixed_version_share": mean(mixed),
         "abstain_share": mean(v.abstained for v in scored_verdicts if v.abstained is not None),
         "off_options_mean": mean(v.off_options for v in scored_verdicts if v.off_options is not None),

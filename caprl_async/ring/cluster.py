@@ -5,14 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
+import threading
+from typing import Any
 
 from caprl_async.config import RingConfig
+from caprl_async.ring.errors import RingFailed
 
 
 def connect(config: RingConfig, *, log_level: str) -> None:
     """Connects this process to Ray. A local Ray is guarded by a token that only its own processes hold.
 
     Does nothing if the process is connected already (a Tune trial, a test's own cluster).
+
+    Raises:
+        RingFailed: Ray did not start, or could not be joined.
     """
     local = config.address == "local"
     if local and "RAY_AUTH_TOKEN" not in os.environ:
@@ -26,16 +33,20 @@ def connect(config: RingConfig, *, log_level: str) -> None:
         return
     # It announces as a warning that the token is in use, which is as it should be.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    if local:
-        ray.init(
-            address="local",
-            include_dashboard=config.dashboard,
-            object_store_memory=config.object_store_mb * 2**20,
-            logging_level=getattr(logging, log_level),
-            log_to_driver=False,
-        )
-    else:
-        ray.init(address=config.address, logging_level=getattr(logging, log_level), log_to_driver=False)
+    own: dict[str, Any] = {
+        "include_dashboard": config.dashboard,
+        "object_store_memory": config.object_store_mb * 2**20,
+    }
+    level = getattr(logging, log_level)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        ray.init(address=config.address, logging_level=level, log_to_driver=False, **(own if local else {}))
+    except Exception as error:  # of many kinds: missing packages, wrong tokens, other versions, no memory
+        hint = "; ring.dashboard=true needs the package ray[default]" if local and config.dashboard else ""
+        raise RingFailed(f"Ray could not be started, ring.address={config.address}: {error}{hint}") from error
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)  # Ray puts in its own, which exits at once
 
 
 def disconnect() -> None:
@@ -43,4 +54,4 @@ def disconnect() -> None:
     import ray
 
     if ray.is_initialized():
-        ray.shutdown()
+        ray.shutdown(wait_for_processes=True)

@@ -15,6 +15,11 @@ from caprl_async.weights.types import LearnerLost, SyncReport, TransferFailed
 _TRIES = 3
 
 
+def _said(error: Exception) -> str:
+    """What went wrong, without the remote traceback that Ray puts into its errors."""
+    return str(getattr(error, "cause", None) or error)
+
+
 class Publisher:
     """`wanted` is the version that the engines hold or are about to.
 
@@ -38,7 +43,7 @@ class Publisher:
         try:
             failed = self._sync.open()
         except (LearnerLost, TransferFailed, RayError) as error:
-            raise RingFailed(f"no weight group could be formed: {error}") from error
+            raise RingFailed(f"no weight group could be formed: {_said(error)}") from error
         for name, reason in failed.items():
             self._restart(name, reason)
 
@@ -81,7 +86,7 @@ class Publisher:
         try:
             report = pending.result()
         except (LearnerLost, TransferFailed, RayError) as error:
-            raise RingFailed(f"the weights of {self.wanted} could not be sent: {error}") from error
+            raise RingFailed(f"the weights of {self.wanted} could not be sent: {_said(error)}") from error
         if not self._done(report):
             self._deliver()
 
@@ -94,7 +99,7 @@ class Publisher:
             try:
                 report = self._sync.publish(self.wanted)
             except (LearnerLost, TransferFailed, RayError) as error:
-                raise RingFailed(f"the weights of {self.wanted} could not be sent: {error}") from error
+                raise RingFailed(f"the weights of {self.wanted} could not be sent: {_said(error)}") from error
             if self._done(report):
                 return
         raise RingFailed(f"the weights of {self.wanted} reached no engine: {report.error}")

@@ -7,13 +7,14 @@ the actors over ZeroMQ and never come by.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
 from caprl_async.conf import has_checkpoint
 from caprl_async.config import Config
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _CUT = "cut.json"
 _FIRST_WORD_S = 30.0  # a step that takes longer explains itself
+_REVIVALS = 3  # an engine that dies so often while it starts will not come up
 
 
 class Supervisor:
@@ -54,6 +56,7 @@ class Supervisor:
         self._owns_group = False
         self._publisher: Publisher | None = None
         self._reviving = ""  # the engine that is being started again
+        self._revivals: Counter[str] = Counter()  # attempts that failed, one after the other
         self._watch: Watch | None = None
         self._next_word = _FIRST_WORD_S
 
@@ -190,6 +193,9 @@ class Supervisor:
         self._weights.settle()
         if spec.source == "policy" and spec.version is None and self._weights.wanted != self.version:
             self._weights.now(self.version)
+        if spec.source == "policy" and spec.version is None:
+            # An engine that was restarted holds the start's weights until it has rejoined.
+            spec = msgspec.structs.replace(spec, version=self._weights.wanted)
         result: EvalResult = self._get(self.hub.evaluate.remote(spec))
         return result
 
@@ -282,8 +288,14 @@ class Supervisor:
         try:
             self._get(self._handles[name].start.remote(), name)
             self._weights.settle()
+        except RingFailed as error:
+            self._revivals[name] += 1
+            if not isinstance(error.__cause__, RayActorError) or self._revivals[name] >= _REVIVALS:
+                raise
+            return  # it died again: Ray restarts it, and its next sign of life leads here
         finally:
             self._reviving = ""
+        self._revivals[name] = 0
         if name in self._named(self._roster.rollouts):
             self._weights.rejoin()
 

@@ -182,7 +182,7 @@ class RolloutActor:
         engine = Engine(
             policy.model,
             config.rollout.engine,
-            seed=config.seed + zlib.crc32(self.name.encode()),  # actors must not draw the same captions
+            seed=(config.seed + zlib.crc32(self.name.encode())) % 2**32,  # no two draw the same captions
             vision=VisionLimits(policy.min_pixels, policy.max_pixels),
             weight_backend=config.weights.backend.value,
             banned_token_ids=processor.banned_token_ids,

