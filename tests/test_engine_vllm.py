@@ -165,7 +165,7 @@ def test_cancelling_aborts_in_the_engine(rig: Rig, image: ImageRef) -> None:
         task = asyncio.create_task(
             rig.engine.generate(rig.request(image, n=4, max_tokens=200, min_tokens=200))
         )
-        while rig.engine.stats().running == 0:
+        while rig.engine.stats().running == 0 and not task.done():
             await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -182,7 +182,7 @@ def test_a_version_set_in_flight_splits_the_spans(rig: Rig, image: ImageRef) -> 
     async def scenario() -> Response:
         request = rig.request(image, n=2, max_tokens=150, min_tokens=150)
         task = asyncio.create_task(rig.engine.generate(request))
-        while rig.engine.stats().running == 0:
+        while rig.engine.stats().running == 0 and not task.done():
             await asyncio.sleep(0)
         for _ in range(5):  # each is answered between two steps
             await rig.engine.call(lambda llm: None)

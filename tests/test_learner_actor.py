@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -177,8 +178,6 @@ def test_one_rank_trains_snapshots_saves_and_resumes(tmp_path: Path) -> None:
 
 
 def two_ranks(rank: int, port: int, folder: str, stage: int) -> None:
-    import time
-
     from caprl_async.learner.actor import NoSnapshot, RanksDisagree
 
     root = Path(folder)
@@ -200,7 +199,10 @@ def two_ranks(rank: int, port: int, folder: str, stage: int) -> None:
         hub.batches[Version(1, 2)] = moved(hub.batches[Version(0, 2)], Version(1, 2))
     with pytest.raises(RanksDisagree, match="no batch" if rank == 0 else "train/0@0"):
         actor.train_step(Version(1, 2))
-    time.sleep(0.5)  # the store lives in rank 0
+    # The store lives in rank 0, which must not leave before the other has finished.
+    (root / f"done-{stage}-{rank}").touch()
+    while len(list(root.glob(f"done-{stage}-*"))) < 2:
+        time.sleep(0.05)
     actor.stop()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,18 @@ def test_readme_lists_every_conf_key() -> None:
     assert module.with_keys(text) == text, "run: python tools/readme_keys.py"
 
 
+def uv_environment() -> dict[str, str]:
+    """With the mirror that pip uses, whose settings uv does not read; as in tools/install/setup.sh."""
+    asked = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "get", "global.index-url"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    index = os.environ.get("PIP_INDEX_URL") or asked.stdout.strip()
+    return {**os.environ, **({"UV_DEFAULT_INDEX": index} if index else {})}
+
+
 def test_gpu_extra_resolves() -> None:
     """The GPU installation cannot be tried without one, but its versions must fit together."""
     done = subprocess.run(
@@ -28,6 +41,7 @@ def test_gpu_extra_resolves() -> None:
             *("--python-version", "3.12", "--python-platform", "x86_64-unknown-linux-gnu"),
         ],
         cwd=ROOT,
+        env=uv_environment(),
         capture_output=True,
         text=True,
         timeout=300,
