@@ -334,7 +334,7 @@ class BandsConfig:
     importance_mean: list[float] = key([0.8, 1.25], "mean importance weight")
     importance_bounded: list[float] = key([0.0, 0.2], "share of tokens whose weight was truncated or masked")
     effective_samples: list[float] = key([0.5, 1.0], "effective share of the tokens")
-    clip_fraction: list[float] = key([0.0, 0.4], "share of tokens without gradient by the trust region")
+    clip_fraction: list[float] = key([0.0, 0.4], "share of tokens that the trust region holds")
     kl: list[float] = key([], "estimate of the KL to the start policy per token, nats")
 
 

@@ -14,6 +14,7 @@ SMALL = ["evaluate.heldout_judge.model=", "evaluate.heldout_judge.data=", "evalu
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_algorithm_trains_evaluates_saves_and_goes_back(tmp_path: Path) -> None:
     from caprl_async.algorithm import CapRL, CapRLConfig
 

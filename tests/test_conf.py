@@ -397,5 +397,5 @@ def test_every_preset_fits_the_demo_and_is_complete(name: str, tmp_path: Path) -
             found.kl = KLConfig()
         return found
 
-    for other in ("grpo", "caprl", "icepop", "gspo"):
+    for other in ("grpo", "caprl", "icepop", "gspo", "decoupled_ppo"):
         assert learner(other, name) == learner(name)

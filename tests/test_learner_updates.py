@@ -114,7 +114,7 @@ def two_updates(_: int, folder: str) -> None:
     # Adam divides by the gradient's size, so where that is only rounding error, rounding decides.
     assert apart(ours, found.parameters) < 1e-2 * moved
     assert apart(other.parameters, found.parameters) > 5e-2 * moved, "clipping made no difference"
-    assert set(found.ratios[0]) == {1.0}
+    assert found.ratios[0] == pytest.approx([1.0] * len(found.ratios[0]), abs=1e-5)
     assert max(found.ratios[1]) > 1 + CLIP
     assert metrics["ratio_max"] == pytest.approx(max(found.ratios[1]), rel=1e-2)
     assert metrics["clip_fraction"] == pytest.approx(_mean(found.clipped), abs=0.05)

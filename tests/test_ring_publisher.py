@@ -70,7 +70,7 @@ def test_a_failed_engine_is_restarted_and_gets_the_newest_weights_when_it_rejoin
     weights.soon(Version(0, 2))
     weights.settle()
     assert restarted == ["rollout-0"]
-    weights.rejoin()
+    weights.rejoin(Version(0, 2))
     assert sync.published == [Version(0, 1), Version(0, 2), Version(0, 2)]
 
 

@@ -121,8 +121,9 @@ def test_leases_become_groups_and_failures_become_answers(model: str, tmp_path: 
         assert "gone.png" in failed.failure
 
         await ring.say(GenerateLease(lease=3, prompt=prompt(image, 2, max_tokens=150, min_tokens=150)))
-        while ring.actor.engine.stats().running == 0:
-            await asyncio.sleep(0)
+        async with asyncio.timeout(60):
+            while ring.actor.engine.stats().running == 0:
+                await asyncio.sleep(0)
         await ring.say(Revoke(lease=3))
         await ring.hear(Generated)
         while ring.actor.engine.stats().running:

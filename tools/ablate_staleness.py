@@ -218,6 +218,8 @@ def main() -> None:
         partial.write_text(json.dumps(train(cell, args.steps, args.overrides)) + "\n")
         os.replace(partial, path)
     cells = [json.loads(path.read_text()) for path in sorted(args.out.glob("lag*.json"))]
+    if len({(cell["steps"], *cell["overrides"]) for cell in cells}) > 1:
+        raise SystemExit(f"the cells in {args.out} were made with different settings")
     if not cells:
         raise SystemExit(f"{args.out} holds no cells yet")
     text = table(cells)

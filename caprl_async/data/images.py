@@ -8,7 +8,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from caprl_async.types import ImageRef
 
@@ -50,6 +50,8 @@ def _check(data: bytes, name: str) -> None:
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()  # a full decode: `verify` passes truncated files
+    except UnidentifiedImageError as error:
+        raise BadImage(f"{name}: not in a format that PIL knows") from error
     except Exception as error:  # what a decoder raises at a broken file is anything
         raise BadImage(f"{name}: {error or type(error).__name__}") from error
 

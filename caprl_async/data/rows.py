@@ -85,7 +85,7 @@ class Dataset:
 def append_rejects(path: Path, file: Path, rejects: Sequence[Reject]) -> None:
     """One JSON line per rejected question or row of a data file, each once, also over resumed runs."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    known = set(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else set()
+    known = set(path.read_text(encoding="utf-8").split("\n")) if path.is_file() else set()
     with path.open("a", encoding="utf-8") as out:
         for reject in rejects:
             line = json.dumps({"file": str(file), **asdict(reject)}, ensure_ascii=False)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
 _FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH}
+_AGAIN = ("abort", "error")  # ends that are not the request's fault
 
 
 def prompt(llm: LLMEngine, request: Request, image: Any) -> Any:
@@ -93,7 +94,8 @@ def response(request: Request, output: Any, tokenizer: Any) -> Response:
 
 def _completion(request: Request, completion: Any, tokenizer: Any) -> Completion:
     if completion.finish_reason not in _FINISH:
-        raise RequestFailed(f"vLLM ended the request: {completion.finish_reason}", again=True)
+        reason = completion.finish_reason
+        raise RequestFailed(f"vLLM ended the request: {reason}", again=reason in _AGAIN)
     ids = tuple(completion.token_ids)
     if completion.weight_versions is None:
         raise RequestFailed("vLLM did not say which weights sampled the tokens")

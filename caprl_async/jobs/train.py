@@ -165,10 +165,21 @@ class _Training:
         result = self.ring.evaluate(
             heldout_spec(config, name, source, min_tokens=min_tokens, version=version)
         )
+        if result["program_faults"]:
+            self.console.print(
+                f"evaluate.program={config.evaluate.program} failed at {result['program_faults']} of "
+                f"{result['images']} captions, which precision and recall leave out: {self._last_error()}",
+                style="bold red",
+                markup=False,
+            )
         length = None
         if source == "reference":
             length = reference_length(self.run_dir / "evals" / f"{name}.jsonl", config.policy.model)
         return Row.of(result, length=length)
+
+    def _last_error(self) -> str:
+        errors = self.ring.status()["errors"]
+        return str(errors[-1]["error"]) if errors else ""
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

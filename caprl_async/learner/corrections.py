@@ -44,15 +44,16 @@ def importance_weights(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(w [T], w before its bounds [T], 1 where a bound changed it [T]), without gradient.
 
-    token: `w_t = exp(proximal_t - behaviour_t)`; sequence: every token of a caption has its product. Beyond
-    the bounds it is truncated (TIS: `min(w, high)`; IMPALA, arXiv 1802.01561) or 0 (IcePop).
+    token: `w_t = exp(proximal_t - behaviour_t)`; sequence: every token of a caption has its product, which
+    stays a number however long the caption is (at most e^80). Beyond the bounds it is truncated (TIS:
+    `min(w, high)`; IMPALA, arXiv 1802.01561) or 0 (IcePop).
     """
     if config.level is ImportanceLevel.none:
         one = torch.ones_like(proximal)
         return one, one, torch.zeros_like(proximal)
     away = proximal - behaviour
     if config.level is ImportanceLevel.sequence:
-        away = _row_sums(away, rows)[rows]
+        away = _row_sums(away, rows).clamp(max=80.0)[rows]
     raw = away.exp()
     high = config.high if config.high > 0 else torch.inf
     outside = (raw < config.low) | (raw > high)

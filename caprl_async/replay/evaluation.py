@@ -90,7 +90,7 @@ class JudgeResult(Accuracy):
 
 
 class EvalResult(TypedDict):
-    """Plain data, JSON as it is."""
+    """Plain data; NaN where there was nothing to take a mean of."""
 
     name: str
     images: int
@@ -99,6 +99,7 @@ class EvalResult(TypedDict):
     length: float | None  # mean tokens per caption; None where the captions are not the policy's
     truncated: float  # share of captions cut at max_tokens
     facts: dict[str, float] | None  # precision, recall over all captions; None without evaluate.program
+    program_faults: int  # captions at which evaluate.program failed; not in `facts`
 
 
 @dataclass
@@ -138,6 +139,7 @@ class EvalRun:
         self._items = [Item(row) for row in prepared]
         self._to_caption: list[tuple[float, Item]] = []  # not before, item
         self._to_judge: list[tuple[float, Item, str]] = []
+        self._program_faults = 0
         self._program = _load_program(config.evaluate.program)
         for judge, dataset in questions.items():
             if not any(dataset.get(item.prepared.row.row_id) for item in self._items):
@@ -192,6 +194,7 @@ class EvalRun:
             except Exception as error:  # the user's program: one caption costs the others nothing
                 fault = f"evaluate.program: {type(error).__name__}: {error}"
                 self._on_error(item.prepared.row.row_id, fault)
+                self._program_faults += 1
         self._to_judge.extend((0.0, item, judge) for judge in self._questions if self._asked(item, judge))
 
     # ------------------------------------------------------------ work (WorkOwner)
@@ -226,7 +229,8 @@ class EvalRun:
 
     def judged(self, work: JudgeWork, verdicts: Verdicts, now: float) -> None:
         item = self._items[work.rotation]
-        if judge_down(verdicts):
+        if down := judge_down(verdicts):
+            self._on_error(work.key, down)
             self._to_judge.append((now + _BACKOFF_S, item, work.serves))
         else:
             item.verdicts[work.serves] = verdicts[0]
@@ -278,6 +282,7 @@ class EvalRun:
             length=mean(lengths) if lengths else None,
             truncated=mean(item.finish is Finish.LENGTH for item in good),
             facts=_fact_result(item.facts for item in good),
+            program_faults=self._program_faults,
         )
 
     def _judge_result(self, items: Iterable[Item], judge: str) -> JudgeResult:

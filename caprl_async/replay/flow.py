@@ -178,7 +178,8 @@ class TrainFlow:
         life = self._of(work.key, work.attempt)
         if life is None or life.group is None:
             return
-        if judge_down(verdicts):
+        if down := judge_down(verdicts):
+            self._on_error(work.key, down)
             life.not_before = now + 4 * _BACKOFF_S
             self._to_judge.append(life)
             return

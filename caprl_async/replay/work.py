@@ -104,6 +104,8 @@ def wrong_verdicts(work: JudgeWork, verdicts: Verdicts) -> str | None:
     return None
 
 
-def judge_down(verdicts: Verdicts) -> bool:
-    """True if any verdict could not be had: the whole group is judged again."""
-    return any(verdict.outcome is Outcome.JUDGE_DOWN for row in verdicts for verdict in row)
+def judge_down(verdicts: Verdicts) -> str | None:
+    """Why a verdict could not be had, if one could not: the whole group is judged again."""
+    every = (verdict for row in verdicts for verdict in row)
+    down = next((verdict for verdict in every if verdict.outcome is Outcome.JUDGE_DOWN), None)
+    return None if down is None else f"judge down: {down.reason or 'it did not say why'}"

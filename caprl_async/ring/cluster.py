@@ -46,7 +46,8 @@ def connect(config: RingConfig, *, log_level: str) -> None:
         raise RingFailed(f"Ray could not be started, ring.address={config.address}: {error}{hint}") from error
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
-            signal.signal(number, handler)  # Ray puts in its own, which exits at once
+            if handler is not None:
+                signal.signal(number, handler)  # Ray puts in its own, which exits at once
 
 
 def disconnect() -> None:

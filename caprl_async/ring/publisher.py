@@ -63,9 +63,10 @@ class Publisher:
         self.wanted = version
         self._deliver()
 
-    def rejoin(self) -> None:
-        """Takes restarted engines into the group and gives them the weights."""
+    def rejoin(self, version: Version) -> None:
+        """Takes restarted engines into the group and gives all the weights of `version`."""
         self.settle()
+        self.wanted = version
         self.open()
         self._deliver()
 

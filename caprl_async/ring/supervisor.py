@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 
 from caprl_async.conf import has_checkpoint
 from caprl_async.config import Config
@@ -292,12 +292,16 @@ class Supervisor:
             self._revivals[name] += 1
             if not isinstance(error.__cause__, RayActorError) or self._revivals[name] >= _REVIVALS:
                 raise
+            if isinstance(error.__cause__, ActorUnavailableError):  # it may be alive, and half started
+                ray.kill(self._handles[name], no_restart=False)
             return  # it died again: Ray restarts it, and its next sign of life leads here
         finally:
             self._reviving = ""
         self._revivals[name] = 0
         if name in self._named(self._roster.rollouts):
-            self._weights.rejoin()
+            # Not what was broadcast last: the learner may hold it no more.
+            foreign = self._weights.wanted == FOREIGN
+            self._weights.rejoin(FOREIGN if foreign else self.version)
 
     def _get(self, ref: Any, name: str = "") -> Any:
         return self._get_all([ref], name)[0]
