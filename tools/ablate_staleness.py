@@ -173,27 +173,34 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
 
 def plot(cells: Sequence[dict[str, Any]], path: Path) -> None:
-    """Reward against samples and against seconds; one colour a lag, dashed without correction."""
+    """Reward against samples and against seconds: mean and range of the seeds, dashed uncorrected."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    for axis, column, label in zip(
-        figure.subplots(1, 2, sharey=True), (2, 1), ("captions sampled", "seconds"), strict=True
-    ):
-        for cell in cells:
-            axis.plot(
-                [point[column] for point in cell["curve"]],
-                smooth([point[3] for point in cell["curve"]]),
-                color=f"C{LAGS.index(cell['lag'])}",
-                linestyle="-" if cell["correction"] == "tis" else "--",
-                linewidth=1,
-                alpha=0.8,
-                label=f"max_staleness {cell['lag']}, {cell['correction']}" if cell["seed"] == 0 else None,
-            )
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, column, label in zip(axes, (2, 1), ("captions sampled", "seconds"), strict=True):
+        for lag, correction in itertools.product(LAGS, CORRECTIONS):
+            curves = [_by_step(c, column) for c in cells if (c["lag"], c["correction"]) == (lag, correction)]
+            if not curves:
+                continue
+            steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+            x = [statistics.fmean(curve[step][0] for curve in curves) for step in steps]
+            rewards = [[curve[step][1] for curve in curves] for step in steps]
+            style = {"color": f"C{LAGS.index(lag)}", "linestyle": "-" if correction == "tis" else "--"}
+            name = f"max_staleness {lag}, {correction}"
+            axis.plot(x, [statistics.fmean(r) for r in rewards], linewidth=1.3, label=name, **style)
+            low, high = [min(r) for r in rewards], [max(r) for r in rewards]
+            axis.fill_between(x, low, high, color=style["color"], alpha=0.07, linewidth=0)
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-    figure.axes[0].set_ylabel(f"mean reward (over {_SMOOTH} steps)")
-    figure.axes[1].legend(fontsize=7, ncols=2)
+    axes[0].set_ylabel(f"mean reward (over {_SMOOTH} steps)")
+    axes[1].legend(fontsize=7, ncols=2)
     figure.savefig(path, dpi=110)
+
+
+def _by_step(cell: dict[str, Any], column: int) -> dict[int, tuple[float, float]]:
+    """step -> (value of the column, smoothed reward)."""
+    rewards = smooth([point[3] for point in cell["curve"]])
+    return {point[0]: (point[column], reward) for point, reward in zip(cell["curve"], rewards, strict=True)}
 
 
 def main() -> None:
