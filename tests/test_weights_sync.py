@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,8 +74,8 @@ class Rollout:
 @pytest.fixture(scope="module")
 def actors() -> Iterator[tuple[Any, dict[str, Any]]]:
     """One set for all tests: a process costs seconds of imports."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("RAY_AUTH_MODE", "disabled")
+    # Ray reads it once a process: the same that a ring of another test had.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray.init(
         num_cpus=2,
         include_dashboard=False,
@@ -84,7 +85,6 @@ def actors() -> Iterator[tuple[Any, dict[str, Any]]]:
     )
     yield Learner.remote(), {f"rollout-{k}": Rollout.remote() for k in range(2)}
     ray.shutdown()
-    patch.undo()
 
 
 @pytest.fixture
