@@ -22,7 +22,7 @@ from caprl_async.weights.sender import WeightSender
 from caprl_async.weights.sync import WeightSync
 from caprl_async.weights.types import LearnerLost, SyncReport
 
-CONFIG = WeightsConfig(backend=WeightBackend.gloo, timeout_s=30.0)
+CONFIG = WeightsConfig(backend=WeightBackend.gloo, timeout_s=15.0)
 
 
 @ray.remote(num_cpus=0.01, max_concurrency=4)
