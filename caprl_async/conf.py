@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from caprl_async import conf_checks, conf_files, conf_help
 from caprl_async.conf_checks import ConfError
 from caprl_async.config import Config
+from caprl_async.observe.names import METRICS
 
 __all__ = [
     "ConfError",
@@ -46,8 +47,6 @@ has_checkpoint = conf_files.has_checkpoint
 
 RESOLVED = "conf.yaml"
 """Name of the resolved conf in a run folder."""
-BEGUN = "metrics.jsonl"
-"""A run folder that holds this file holds a run that has begun to train."""
 
 _PACKAGE = Path(__file__).resolve().parent
 _WRITTEN = ("run_dir", "data.image_dir")  # paths that the run makes; all other paths must exist
@@ -108,22 +107,26 @@ def run_folder(config: Config) -> Iterator[Path]:
             written.
     """
     folder = Path(config.run_dir)
-    try:
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise ConfError(f"run_dir={folder} cannot be written: {error.strerror}") from error
     with lock:
         _lock(lock, folder)
-        if (folder / BEGUN).exists() and not config.resume:
+        if (folder / METRICS).exists() and not config.resume:  # it has begun to train
             resume, delete = "go on with it by resume=true", "delete it (it has no checkpoint)"
             way = resume if has_checkpoint(folder) else delete
             raise ConfError(f"run_dir={folder} already holds a run; {way}, or choose another run_dir=...")
-        try:
+        with _writing(folder):
             dump(dataclasses.replace(config, resume=False), folder / RESOLVED)
-        except OSError as error:
-            raise ConfError(f"run_dir={folder} cannot be written: {error.strerror}") from error
         yield folder
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfError(f"run_dir={folder} cannot be written: {error.strerror}") from error
 
 
 def _lock(file: IO[str], folder: Path) -> None:

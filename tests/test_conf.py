@@ -27,6 +27,7 @@ from caprl_async.config import (
     TrustRegionConfig,
     WeightBackend,
 )
+from caprl_async.observe.names import METRICS
 
 Write = Callable[..., Path]
 
@@ -356,7 +357,7 @@ def test_a_run_folder_is_used_once_unless_resumed(load: Callable[..., Config]) -
         with pytest.raises(ConfError, match="a run is going on"), conf.run_folder(config):
             pass
     with conf.run_folder(config):  # the first did not come to train: nothing is lost
-        (folder / conf.BEGUN).touch()
+        (folder / METRICS).touch()
     with pytest.raises(ConfError, match=r"run_dir=.*delete it"), conf.run_folder(config):
         pass
     cut = folder / "checkpoints" / "step-1" / "ring" / "cut.json"

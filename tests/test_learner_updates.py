@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -17,11 +16,12 @@ from learner_kit import (
     join_alone,
     make_batch,
     near_policy,
+    plain_logprobs,
     plain_reference,
     tiny_config,
     tiny_processor,
 )
-from sync_reference import Reference, advantages
+from sync_reference import advantages
 
 from caprl_async.config import Config
 from caprl_async.types import TrainBatch
@@ -45,8 +45,7 @@ def by_hand(batch: TrainBatch, config: Config, *, anchored: bool) -> Found:
     """Two updates, each on half of the groups; the proximal policy is the one before both (`anchored`)."""
     plain = plain_reference(config)
     groups = [msgspec.to_builtins(scored) for scored in batch.groups]
-    with torch.no_grad():
-        anchors = [_group(plain, scored) for scored in groups]
+    anchors = [plain_logprobs(plain, scored) for scored in batch.groups]
     half = len(groups) // 2
     found = Found({})
     for part in (slice(0, half), slice(half, None)):
@@ -59,10 +58,10 @@ def by_hand(batch: TrainBatch, config: Config, *, anchored: bool) -> Found:
             scale = advantages([parts["total"] for parts in scored["rewards"]])
             for i, caption in enumerate(scored["group"]["captions"]):
                 current = plain.logprobs(scored["group"], scored["image"]["path"], caption["token_ids"])
-                proximal = anchor[i] if anchored else current.detach()
+                proximal = anchor[i] if anchored else current.tolist()
                 loss = torch.zeros(())
                 for now, near, then in zip(current, proximal, caption["logprobs"], strict=True):
-                    weight = min(math.exp(near.item() - then), 2.0)
+                    weight = min(math.exp(near - then), 2.0)
                     ratio = (now - near).exp()
                     bound = min(max(ratio.item(), 1 - CLIP), 1 + CLIP)
                     held = bound * scale[i] < ratio.item() * scale[i]
@@ -75,11 +74,6 @@ def by_hand(batch: TrainBatch, config: Config, *, anchored: bool) -> Found:
         plain.adam.step()
     found.parameters = {name: p.detach() for name, p in plain.model.named_parameters()}
     return found
-
-
-def _group(plain: Reference, scored: dict[str, Any]) -> list[torch.Tensor]:
-    group, image = scored["group"], scored["image"]["path"]
-    return [plain.logprobs(group, image, caption["token_ids"]) for caption in group["captions"]]
 
 
 def _mean(updates: Sequence[Sequence[float]]) -> float:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from caprl_async.observe.metrics import METRICS, TENSORBOARD, MetricsWriter, read_metrics
+from caprl_async.observe.metrics import TENSORBOARD, MetricsWriter, read_metrics
+from caprl_async.observe.names import METRICS
 
 
 def test_a_line_is_readable_as_soon_as_it_is_written(tmp_path: Path) -> None:

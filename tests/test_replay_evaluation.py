@@ -73,6 +73,7 @@ def test_a_program_that_fails_at_one_caption_costs_the_others_nothing(tmp_path: 
         ):
             result = await queue.evaluate(EvalSpec(name="start", images=4))
             assert result["program_faults"] == 3
+            assert result["program_fault"] == "evaluate.program: ZeroDivisionError: division by zero"
             assert result["facts"] == {"precision": 0.5, "recall": 0.25, "stated_mean": 2.0}
             assert result["judges"]["judge"]["n"] == 8
             errors = [error["error"] for error in (await queue.status())["errors"]]

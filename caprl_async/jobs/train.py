@@ -18,6 +18,7 @@ from caprl_async.algorithm import CapRL, CapRLConfig
 from caprl_async.config import Config
 from caprl_async.observe.alarms import Alarms
 from caprl_async.observe.metrics import MetricsWriter
+from caprl_async.observe.names import METRICS
 from caprl_async.observe.overlap import overlap_from_ledger
 from caprl_async.observe.progress import Progress
 from caprl_async.observe.report import write_report
@@ -53,7 +54,7 @@ def _run(config: Config, run_dir: Path, console: Console) -> None:
         if algorithm is not None:
             algorithm.stop()
         cluster.disconnect()
-        if (run_dir / "metrics.jsonl").is_file():
+        if (run_dir / METRICS).is_file():
             write_report(run_dir)
             console.print(f"report: {run_dir / 'report.html'}", markup=False)
 
@@ -168,7 +169,8 @@ class _Training:
         if result["program_faults"]:
             self.console.print(
                 f"evaluate.program={config.evaluate.program} failed at {result['program_faults']} of "
-                f"{result['images']} captions, which precision and recall leave out: {self._last_error()}",
+                f"{result['images']} captions, which precision and recall leave out: "
+                f"{result['program_fault']}",
                 style="bold red",
                 markup=False,
             )
@@ -176,10 +178,6 @@ class _Training:
         if source == "reference":
             length = reference_length(self.run_dir / "evals" / f"{name}.jsonl", config.policy.model)
         return Row.of(result, length=length)
-
-    def _last_error(self) -> str:
-        errors = self.ring.status()["errors"]
-        return str(errors[-1]["error"]) if errors else ""
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -113,13 +113,14 @@ class Judge:
     def _verdict(self, asking: Asking, answers: Sequence[Response | RequestFailed]) -> Verdict:
         responses = []
         for answer in answers:
-            if isinstance(answer, RequestFailed) and answer.again:
+            if isinstance(answer, Response):
+                responses.append(answer)
+            elif answer.again:
                 return Verdict(
                     question_id=asking.question.question_id, outcome=Outcome.JUDGE_DOWN, reason=str(answer)
                 )
-            if isinstance(answer, RequestFailed):
+            else:
                 return unscorable(asking.question, f"the judge's engine refused the prompt: {answer}")
-            responses.append(answer)
         return self._mode.verdict(asking, responses)
 
     def _too_long(self, requests: Sequence[Request]) -> str | None:

@@ -16,7 +16,8 @@ from typing import Any
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-METRICS = "metrics.jsonl"
+from caprl_async.observe.names import METRICS
+
 TENSORBOARD = "tensorboard"
 
 Row = dict[str, float | None]

@@ -1,8 +1,11 @@
-"""Names of the metrics that people are shown; learner, hub and supervisor give them."""
+"""Names of the metrics that people are shown, and of their file; learner, hub and supervisor give them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+
+METRICS = "metrics.jsonl"
+"""The file of a run folder that holds them, from the moment at which training begins."""
 
 REWARD = "reward_mean"
 ACCURACY = "accuracy_mean"

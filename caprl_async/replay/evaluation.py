@@ -100,6 +100,7 @@ class EvalResult(TypedDict):
     truncated: float  # share of captions cut at max_tokens
     facts: dict[str, float] | None  # precision, recall over all captions; None without evaluate.program
     program_faults: int  # captions at which evaluate.program failed; not in `facts`
+    program_fault: str  # the last of them; empty without one
 
 
 @dataclass
@@ -139,7 +140,7 @@ class EvalRun:
         self._items = [Item(row) for row in prepared]
         self._to_caption: list[tuple[float, Item]] = []  # not before, item
         self._to_judge: list[tuple[float, Item, str]] = []
-        self._program_faults = 0
+        self._program_faults, self._program_fault = 0, ""
         self._program = _load_program(config.evaluate.program)
         for judge, dataset in questions.items():
             if not any(dataset.get(item.prepared.row.row_id) for item in self._items):
@@ -192,9 +193,9 @@ class EvalRun:
                 score = self._program(text, facts)
                 item.facts = {"stated": score.stated, "correct": score.correct, "total": score.total}
             except Exception as error:  # the user's program: one caption costs the others nothing
-                fault = f"evaluate.program: {type(error).__name__}: {error}"
-                self._on_error(item.prepared.row.row_id, fault)
                 self._program_faults += 1
+                self._program_fault = f"evaluate.program: {type(error).__name__}: {error}"
+                self._on_error(item.prepared.row.row_id, self._program_fault)
         self._to_judge.extend((0.0, item, judge) for judge in self._questions if self._asked(item, judge))
 
     # ------------------------------------------------------------ work (WorkOwner)
@@ -283,6 +284,7 @@ class EvalRun:
             truncated=mean(item.finish is Finish.LENGTH for item in good),
             facts=_fact_result(item.facts for item in good),
             program_faults=self._program_faults,
+            program_fault=self._program_fault,
         )
 
     def _judge_result(self, items: Iterable[Item], judge: str) -> JudgeResult:
