@@ -52,7 +52,7 @@ def ring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Config, Refer
     engine = ReferenceEngine(folder)
     config = Config(judge=judge_config(folder))
     config.evaluate.heldout_judge.model = str(folder)
-    monkeypatch.setattr(actor_module.Judge, "load", lambda own, seed: Judge(engine, own))
+    monkeypatch.setattr(actor_module.Judge, "load", lambda own, seed: Judge.on(engine, own))
     monkeypatch.setattr(peer_module, "Peer", LonePeer)
     return config, engine
 

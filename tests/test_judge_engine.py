@@ -41,15 +41,15 @@ def test_real_engine_and_transformers_agree(tmp_path: Path) -> None:
     try:
         for mode in (JudgeMode.expected, JudgeMode.likelihood):
             config = judge_config(folder, mode, permutations=2)
-            mine = asyncio.run(Judge(engine, config).judge(CAPTIONS, QUESTIONS, 5))
-            reference = asyncio.run(Judge(ReferenceEngine(folder), config).judge(CAPTIONS, QUESTIONS, 5))
+            mine = asyncio.run(Judge.on(engine, config).judge(CAPTIONS, QUESTIONS, 5))
+            reference = asyncio.run(Judge.on(ReferenceEngine(folder), config).judge(CAPTIONS, QUESTIONS, 5))
             for got, right in zip(sum(mine, ()), sum(reference, ()), strict=True):
                 assert got.outcome is Outcome.SCORED
                 assert got.choice == right.choice
                 for name in ("score", "abstained", "off_options"):
                     assert getattr(got, name) == pytest.approx(getattr(right, name), abs=2e-4)
         config = judge_config(folder, JudgeMode.sample, draws=40)
-        sampled = [asyncio.run(Judge(engine, config).judge(CAPTIONS, QUESTIONS)) for _ in range(2)]
+        sampled = [asyncio.run(Judge.on(engine, config).judge(CAPTIONS, QUESTIONS)) for _ in range(2)]
         assert sampled[0] == sampled[1]  # seeded
         assert engine.stats().cached_tokens > 0  # questions of a long caption share its prefill
     finally:

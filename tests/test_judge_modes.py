@@ -43,9 +43,9 @@ def _ask(
 
 def test_expected_is_the_mean_of_sample(folder: Path, engine: ReferenceEngine) -> None:
     """10,000 draws against the exact value, 4.5 standard errors: about one wrong alarm in 10,000 runs."""
-    exact = _ask(Judge(engine, judge_config(folder, permutations=2)), QUESTIONS)[0]
+    exact = _ask(Judge.on(engine, judge_config(folder, permutations=2)), QUESTIONS)[0]
     draws = 10_000
-    sampled = _ask(Judge(engine, judge_config(folder, JudgeMode.sample, draws=draws)), QUESTIONS)[0]
+    sampled = _ask(Judge.on(engine, judge_config(folder, JudgeMode.sample, draws=draws)), QUESTIONS)[0]
     assert sum(verdict.draws for verdict in sampled) == draws
     for expected, got in zip(exact, sampled, strict=True):
         for name in ("score", "abstained", "off_options"):
@@ -58,7 +58,7 @@ def test_expected_is_the_mean_of_sample(folder: Path, engine: ReferenceEngine) -
 
 
 def test_expected_keeps_off_mass_in_the_denominator(folder: Path, engine: ReferenceEngine) -> None:
-    verdict = _ask(Judge(engine, judge_config(folder)), [QUESTIONS[0]])[0][0]
+    verdict = _ask(Judge.on(engine, judge_config(folder)), [QUESTIONS[0]])[0][0]
     request = engine.requests[-1]
     letters = engine.logprobs(request.prompt_token_ids, 0.6)[list(request.logprob_token_ids)]
     assert request.temperature == 0.6
@@ -71,7 +71,7 @@ def test_likelihood_equals_a_plain_forward_pass(folder: Path, engine: ReferenceE
     asked = question(choices, 1)
     config = judge_config(folder, JudgeMode.likelihood)
     before = len(engine.requests)
-    verdict = _ask(Judge(engine, config), [asked])[0][0]
+    verdict = _ask(Judge.on(engine, config), [asked])[0][0]
 
     words = load_tokenizer(folder)
     prompter = JudgePrompter(words, PROMPT)
@@ -96,7 +96,7 @@ def test_likelihood_equals_a_plain_forward_pass(folder: Path, engine: ReferenceE
 
 def test_single_token_options_cost_one_request(folder: Path, engine: ReferenceEngine) -> None:
     before = len(engine.requests)
-    _ask(Judge(engine, judge_config(folder, JudgeMode.likelihood)), QUESTIONS)
+    _ask(Judge.on(engine, judge_config(folder, JudgeMode.likelihood)), QUESTIONS)
     assert len(engine.requests) - before == len(QUESTIONS)
 
 
@@ -116,7 +116,7 @@ def test_bad_questions_are_unscorable_with_a_reason(
     folder: Path, engine: ReferenceEngine, mode: JudgeMode, reason: str
 ) -> None:
     before = len(engine.requests)
-    verdict = _ask(Judge(engine, judge_config(folder, mode)), [BAD[reason]])[0][0]
+    verdict = _ask(Judge.on(engine, judge_config(folder, mode)), [BAD[reason]])[0][0]
     assert verdict.outcome is Outcome.UNSCORABLE
     assert verdict.score is None
     assert reason in (verdict.reason or "")
@@ -124,7 +124,7 @@ def test_bad_questions_are_unscorable_with_a_reason(
 
 
 def test_one_bad_question_does_not_touch_the_others(folder: Path, engine: ReferenceEngine) -> None:
-    judge = Judge(engine, judge_config(folder))
+    judge = Judge.on(engine, judge_config(folder))
     alone = _ask(judge, QUESTIONS)[0]
     mixed = _ask(judge, [BAD["empty"], *QUESTIONS])[0]
     assert mixed[0].outcome is Outcome.UNSCORABLE
@@ -135,25 +135,25 @@ def test_more_options_than_letters_are_unscorable_only_with_letters(
     folder: Path, engine: ReferenceEngine
 ) -> None:
     many = question(load_tokenizer(folder).convert_ids_to_tokens(list(range(60, 90))), 0)
-    assert _ask(Judge(engine, judge_config(folder)), [many])[0][0].outcome is Outcome.UNSCORABLE
-    likely = Judge(engine, judge_config(folder, JudgeMode.likelihood))
+    assert _ask(Judge.on(engine, judge_config(folder)), [many])[0][0].outcome is Outcome.UNSCORABLE
+    likely = Judge.on(engine, judge_config(folder, JudgeMode.likelihood))
     assert _ask(likely, [many])[0][0].outcome is Outcome.SCORED
 
 
 def test_unknown_words_are_unscorable_in_likelihood_mode(folder: Path, engine: ReferenceEngine) -> None:
-    judge = Judge(engine, judge_config(folder, JudgeMode.likelihood))
+    judge = Judge.on(engine, judge_config(folder, JudgeMode.likelihood))
     assert "vocabulary" in (_ask(judge, [question(["zzz", "red"], 0)])[0][0].reason or "")
 
 
 def test_a_caption_longer_than_the_model_is_unscorable(folder: Path, engine: ReferenceEngine) -> None:
-    rows = _ask(Judge(engine, judge_config(folder)), QUESTIONS, [CAPTION * 200, CAPTION])
+    rows = _ask(Judge.on(engine, judge_config(folder)), QUESTIONS, [CAPTION * 200, CAPTION])
     assert {verdict.outcome for verdict in rows[0]} == {Outcome.UNSCORABLE}
     assert "max_model_len" in (rows[0][0].reason or "")
     assert {verdict.outcome for verdict in rows[1]} == {Outcome.SCORED}
 
 
 def test_questions_that_were_not_drawn_leave_the_mean(folder: Path, engine: ReferenceEngine) -> None:
-    row = _ask(Judge(engine, judge_config(folder, JudgeMode.sample, draws=1)), QUESTIONS)[0]
+    row = _ask(Judge.on(engine, judge_config(folder, JudgeMode.sample, draws=1)), QUESTIONS)[0]
     assert sorted(verdict.draws for verdict in row) == [0, 0, 1]
     for verdict in row:
         assert (verdict.outcome is Outcome.SCORED) == (verdict.draws == 1)
@@ -163,7 +163,7 @@ def test_questions_that_were_not_drawn_leave_the_mean(folder: Path, engine: Refe
 def test_captions_of_a_group_meet_the_same_orders(folder: Path) -> None:
     for mode in (JudgeMode.expected, JudgeMode.sample):
         engine = ReferenceEngine(folder)
-        judge = Judge(engine, judge_config(folder, mode, permutations=2))
+        judge = Judge.on(engine, judge_config(folder, mode, permutations=2))
         _ask(judge, QUESTIONS, [CAPTION, "bottomleft blue star ."], rotation=3)
         half = len(engine.requests) // 2
         tails = [request.prompt_token_ids[9:] for request in engine.requests]
@@ -175,7 +175,7 @@ def test_captions_of_a_group_meet_the_same_orders(folder: Path) -> None:
 
 def test_verdicts_are_kept_by_content(folder: Path) -> None:
     engine = ReferenceEngine(folder)
-    judge = Judge(engine, judge_config(folder))
+    judge = Judge.on(engine, judge_config(folder))
     first = _ask(judge, QUESTIONS, [CAPTION, CAPTION])
     assert len(engine.requests) == len(QUESTIONS)  # equal captions are asked about once
     assert first[0] == first[1]
@@ -187,10 +187,10 @@ def test_verdicts_are_kept_by_content(folder: Path) -> None:
 
 def test_the_cache_keeps_the_newest(folder: Path) -> None:
     engine = ReferenceEngine(folder)
-    judge = Judge(engine, judge_config(folder, cache_size=2))
+    judge = Judge.on(engine, judge_config(folder, cache_size=2))
     _ask(judge, QUESTIONS)
     assert len(judge.cache) == 2
-    off = Judge(engine, judge_config(folder, cache_size=0))
+    off = Judge.on(engine, judge_config(folder, cache_size=0))
     assert _ask(off, QUESTIONS) == _ask(off, QUESTIONS)
     assert len(off.cache) == 0
 
@@ -229,15 +229,15 @@ class _Faulty:
 
 
 def test_no_failure_becomes_a_score(folder: Path) -> None:
-    row = _ask(Judge(_Faulty(dies=False), judge_config(folder)), QUESTIONS)[0]
+    row = _ask(Judge.on(_Faulty(dies=False), judge_config(folder)), QUESTIONS)[0]
     assert "refused" in (row[0].reason or "")
     assert "no numbers" in (row[1].reason or "")
     assert all(verdict.score is None for verdict in row)
     assert {verdict.outcome for verdict in row} == {Outcome.UNSCORABLE}
-    aborted = _ask(Judge(_Faulty(dies=False, again=True), judge_config(folder)), QUESTIONS)[0][0]
+    aborted = _ask(Judge.on(_Faulty(dies=False, again=True), judge_config(folder)), QUESTIONS)[0][0]
     assert (aborted.outcome, aborted.score) == (Outcome.JUDGE_DOWN, None)
     with pytest.raises(EngineDied):
-        _ask(Judge(_Faulty(dies=True), judge_config(folder)), QUESTIONS)
+        _ask(Judge.on(_Faulty(dies=True), judge_config(folder)), QUESTIONS)
 
 
 def test_a_temperature_of_zero_is_refused_where_it_means_nothing(
@@ -245,4 +245,4 @@ def test_a_temperature_of_zero_is_refused_where_it_means_nothing(
 ) -> None:
     for mode in (JudgeMode.expected, JudgeMode.likelihood):
         with pytest.raises(JudgeConfigError, match=r"judge\.temperature"):
-            Judge(engine, judge_config(folder, mode, temperature=0.0))
+            Judge.on(engine, judge_config(folder, mode, temperature=0.0))

@@ -80,7 +80,7 @@ class JudgeActor:
             "started": True,
             "verdict_cache_hits": cache.hits,
             "verdict_cache_misses": cache.misses,
-            **dataclasses.asdict(self._judge.engine.stats()),
+            **dataclasses.asdict(self._judge.stats()),
         }
 
     async def stop(self) -> None:
@@ -109,7 +109,7 @@ class JudgeActor:
     def credit(self) -> dict[str, Any]:
         """What a `Credit` tells of this judge besides its free places."""
         assert self._judge is not None
-        stats = self._judge.engine.stats()
+        stats = self._judge.stats()
         return {
             "busy_s": stats.busy_s,
             "alive_s": stats.alive_s,
@@ -130,7 +130,7 @@ class JudgeActor:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(_WATCH_S)
-            died = getattr(self._judge and self._judge.engine, "died", None)
+            died = self._judge.died if self._judge is not None else None
             if died is not None:
                 self._die(died)
 
