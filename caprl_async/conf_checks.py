@@ -105,6 +105,7 @@ _BOUNDS: dict[str, _Bound] = {
     "judge.num_actors": _AT_LEAST_1,
     "judge.permutations": _AT_LEAST_1,
     "judge.draws": _AT_LEAST_1,
+    "judge.text_tokens": _AT_LEAST_1,
     "judge.temperature": ("0 (greedy) or 0.01 or more, vLLM's least", lambda v: v == 0 or v >= 0.01),
     "judge.max_requests_in_flight_per_actor": _AT_LEAST_1,
     "judge.cache_size": _NOT_NEGATIVE,
@@ -305,12 +306,13 @@ def _queue(config: Config) -> Iterator[str]:
 
 def _judging(config: Config) -> Iterator[str]:
     prompt = config.judge.prompt
-    if config.judge.temperature == 0 and config.judge.mode is not JudgeMode.sample:
+    mode = config.judge.mode
+    if config.judge.temperature == 0 and mode in (JudgeMode.expected, JudgeMode.likelihood):
         yield (
-            f"judge.temperature=0 with judge.mode={config.judge.mode.name}: probabilities need a "
-            "temperature; only sample has a greedy judge"
+            f"judge.temperature=0 with judge.mode={mode.name}: probabilities need a temperature; only sample "
+            "and text have a greedy judge"
         )
-    letters = config.judge.mode is not JudgeMode.likelihood
+    letters = mode in (JudgeMode.expected, JudgeMode.sample)
     blocks = [
         ("caption", prompt.caption, ("{caption}",)),
         ("question", prompt.question, ("{question}", "{options}") if letters else ("{question}",)),

@@ -21,6 +21,7 @@ class JudgeMode(enum.Enum):
     expected = "expected"
     sample = "sample"
     likelihood = "likelihood"
+    text = "text"
 
 
 class AdvantageKind(enum.Enum):
@@ -164,9 +165,10 @@ class JudgeConfig:
 
     model: str = key("", "folder of a text-only Hugging Face checkpoint")
     num_actors: int = key(1, "judge actors, one vLLM engine each")
-    mode: JudgeMode = key(JudgeMode.expected, "expected | sample | likelihood")
+    mode: JudgeMode = key(JudgeMode.expected, "expected | sample | likelihood | text")
     permutations: int = key(1, "option orders per question (expected), gold position balanced")
     draws: int = key(8, "sampled answers per caption (sample mode; N of the paper)")
+    text_tokens: int = key(32, "longest answer in own words, tokens (text mode)")
     temperature: float = key(0.6, "of the judge's option distribution or sampling")
     max_requests_in_flight_per_actor: int = key(4, "caption groups one actor holds at a time")
     cache_size: int = key(200_000, "verdicts kept by content")

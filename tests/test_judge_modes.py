@@ -246,3 +246,44 @@ def test_a_temperature_of_zero_is_refused_where_it_means_nothing(
     for mode in (JudgeMode.expected, JudgeMode.likelihood):
         with pytest.raises(JudgeConfigError, match=r"judge\.temperature"):
             Judge.on(engine, judge_config(folder, mode, temperature=0.0))
+
+
+class _Says:
+    """Writes the same answer to everything."""
+
+    def __init__(self, folder: Path, text: str) -> None:
+        self.ids = tuple(load_tokenizer(folder)(text)["input_ids"])
+        self.requests: list[Request] = []
+
+    async def generate_many(self, requests: Sequence[Request]) -> list[Response | RequestFailed]:
+        self.requests += requests
+        said = Completion("", self.ids, Finish.STOP, ())
+        return [Response(request.prompt_token_ids, (said,), 0) for request in requests]
+
+    def stats(self) -> object:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("said", "scores", "choice"),
+    [
+        ("red <|im_end|>", (1.0, 0.0), "red"),
+        ("unknown . <|im_end|>", (0.0, 1.0), "unknown"),
+        ("red or blue", (0.0, 0.0), "red or blue"),
+    ],
+)
+def test_text_mode_reads_an_answer_in_own_words(
+    folder: Path, said: str, scores: tuple[float, float], choice: str
+) -> None:
+    engine = _Says(folder, said)
+    judge = Judge.on(engine, judge_config(folder, JudgeMode.text, text_tokens=7))
+    row = _ask(judge, [QUESTIONS[0], QUESTIONS[2]])[0]
+    assert tuple(verdict.score for verdict in row) == scores
+    assert {verdict.choice for verdict in row} == {choice}
+    assert row[0].off_options == float(choice == "red or blue")
+    letters = load_tokenizer(folder).convert_tokens_to_ids(["A", "B"])
+    assert all(request.max_tokens == 7 for request in engine.requests)
+    assert not any(set(letters) & set(request.prompt_token_ids) for request in engine.requests)

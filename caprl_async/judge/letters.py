@@ -1,12 +1,15 @@
-"""Reads the option letter out of a judge's written answer."""
+"""Reads a judge's written answer: an option's letter, or in own words an option's text."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from caprl_async.judge.prompt import LETTERS
 
 _LEADING_LETTER = re.compile(r"\s*([A-Z])(?=$|[).:\s])")
+_LEAD_IN = re.compile(r"^(?:(?:the )?answer(?: is)?:? |it is |it's |a |an |the )+")
+_EDGE = " \t\n.,;:!?\"'`*()[]"
 
 
 def read_letter(text: str, options: int) -> int | None:
@@ -20,3 +23,19 @@ def read_letter(text: str, options: int) -> int | None:
         return None
     index = LETTERS.index(match[1])
     return index if index < options else None
+
+
+def read_option(text: str, options: Sequence[str]) -> int | None:
+    """Index of the option whose text the first line of `text` is, or None.
+
+    Case, punctuation around it, articles and lead-ins ("It is", "The answer is") do not count; anything more
+    than the option ("red or blue", "not red") is nothing.
+    """
+    said = _plain(text.strip().partition("\n")[0])
+    plain = [_plain(option) for option in options]
+    return plain.index(said) if said and plain.count(said) == 1 else None
+
+
+def _plain(text: str) -> str:
+    words = " ".join(text.casefold().strip(_EDGE).split())
+    return _LEAD_IN.sub("", words) or words

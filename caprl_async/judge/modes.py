@@ -20,7 +20,7 @@ from typing import TypeAlias
 
 from caprl_async.config import JudgeConfig, JudgeMode
 from caprl_async.engine.types import Request, Response
-from caprl_async.judge.letters import read_letter
+from caprl_async.judge.letters import read_letter, read_option
 from caprl_async.judge.permutations import Order, balanced_orders, random_draws, seed_of
 from caprl_async.judge.prompt import LETTERS, JudgePrompter
 from caprl_async.types import Outcome, Question, Verdict
@@ -248,10 +248,39 @@ class Likelihood(Mode):
         return branches
 
 
+class Text(Mode):
+    """For evaluation: an answer in the judge's own words, options not shown, right if it says the gold option.
+
+    Greedy unless `judge.temperature` is above 0. `choice` is the option that the answer says (see
+    `letters.read_option`), else the answer as it was written, which counts as off the options.
+    """
+
+    def _arrange(self, questions: Sequence[Question], rotation: int) -> list[Planned]:
+        return [
+            Asking(question, self._options(question), seeds=(seed_of("text", rotation, question.question_id),))
+            for question in questions
+        ]
+
+    def requests(self, asking: Asking, caption: str) -> list[Request]:
+        prompt = (*self.prompter.head(caption), *self.prompter.tail(asking.question.stem, None))
+        return [
+            Request(
+                prompt,
+                temperature=self.config.temperature,
+                max_tokens=self.config.text_tokens,
+                seed=seed_of("answer", asking.seeds[0], caption),
+            )
+        ]
+
+    def verdict(self, asking: Asking, responses: Sequence[Response]) -> Verdict:
+        return text_verdict(asking, self.prompter.decode(responses[0].completions[0].token_ids))
+
+
 _MODES: dict[JudgeMode, type[Mode]] = {
     JudgeMode.expected: Expected,
     JudgeMode.sample: Sample,
     JudgeMode.likelihood: Likelihood,
+    JudgeMode.text: Text,
 }
 
 
@@ -268,6 +297,19 @@ def make_mode(prompter: JudgePrompter, config: JudgeConfig) -> Mode:
 def unscorable(question: Question, reason: str) -> Verdict:
     """The question leaves the mean, and says why."""
     return Verdict(question_id=question.question_id, outcome=Outcome.UNSCORABLE, reason=reason)
+
+
+def text_verdict(asking: Asking, written: str) -> Verdict:
+    """What an answer in own words amounts to: 1 if it says the gold option, else 0."""
+    said = read_option(written, asking.options)
+    return Verdict(
+        question_id=asking.question.question_id,
+        outcome=Outcome.SCORED,
+        score=float(said == asking.gold),
+        abstained=float(said == len(asking.options) - 1),
+        off_options=float(said is None),
+        choice=written.strip() if said is None else asking.options[said],
+    )
 
 
 def _scored(asking: Asking, mass: Sequence[float], off: float, draws: int = 1) -> Verdict:
