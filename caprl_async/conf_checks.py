@@ -55,7 +55,8 @@ def check_machine(config: Config) -> None:
     import torch
 
     ring = config.ring
-    engines = config.judge.num_actors + bool(config.evaluate.heldout_judge.model)
+    ours = 0 if config.judge.endpoint.url else config.judge.num_actors
+    engines = ours + bool(config.evaluate.heldout_judge.model)
     wanted = (
         ring.gpus_per_rollout * config.rollout.num_actors
         + ring.gpus_per_judge * engines
@@ -109,8 +110,14 @@ _BOUNDS: dict[str, _Bound] = {
     "judge.temperature": ("0 (greedy) or 0.01 or more, vLLM's least", lambda v: v == 0 or v >= 0.01),
     "judge.max_requests_in_flight_per_actor": _AT_LEAST_1,
     "judge.cache_size": _NOT_NEGATIVE,
+    "judge.endpoint.timeout_s": _POSITIVE,
+    "judge.endpoint.retries": _NOT_NEGATIVE,
+    "judge.endpoint.max_in_flight": _AT_LEAST_1,
     **{f"judge.engine.{name}": bound for name, bound in _ENGINE_BOUNDS.items()},
     "reward.length_free": _NOT_NEGATIVE,
+    "reward.length_cost": _NOT_NEGATIVE,
+    "reward.absent": _NOT_NEGATIVE,
+    "reward.blind_limit": _SHARE,
     "reward.quorum": _SHARE,
     "replay.batch_groups": _AT_LEAST_1,
     "replay.max_staleness": _NOT_NEGATIVE,
@@ -118,6 +125,8 @@ _BOUNDS: dict[str, _Bound] = {
     "replay.max_attempts": _AT_LEAST_1,
     "replay.lease_timeout_s": _POSITIVE,
     "replay.peer_timeout_s": ("2 or more: peers give a sign of life twice a second", lambda v: v >= 2),
+    "replay.judge_failures": _AT_LEAST_1,
+    "replay.judge_outage_s": _POSITIVE,
     "replay.min_reward_spread": _POSITIVE,
     "replay.max_evicted_batches": _POSITIVE,
     "learner.num_ranks": _AT_LEAST_1,
@@ -151,6 +160,7 @@ _BOUNDS: dict[str, _Bound] = {
     "weights.timeout_s": _POSITIVE,
     "evaluate.interval": _NOT_NEGATIVE,
     "evaluate.images": _NOT_NEGATIVE,
+    "evaluate.probe_images": _NOT_NEGATIVE,
     "evaluate.temperature": _NOT_NEGATIVE,
     "checkpoint.interval": _AT_LEAST_1,
     "checkpoint.keep": _AT_LEAST_1,
@@ -204,6 +214,7 @@ def _combinations(config: Config) -> Iterator[str]:
     yield from _queue(config)
     yield from conf_loss.problems(config)
     yield from _judging(config)
+    yield from _endpoint(config)
     yield from _heldout(config)
 
 
@@ -221,8 +232,9 @@ def _device(config: Config) -> Iterator[str]:
             "one rank; use weights.backend=nccl"
         )
     if learner.device == "cuda":
+        elsewhere = config.judge.endpoint.url and not config.evaluate.heldout_judge.model
         for key in ("gpus_per_rollout", "gpus_per_judge", "gpus_per_learner"):
-            if not getattr(ring, key):
+            if not getattr(ring, key) and not (key == "gpus_per_judge" and elsewhere):
                 yield (
                     f"learner.device=cuda with ring.{key}=0: Ray hides the GPUs from an actor that "
                     f"reserves none; set ring.{key} (a fraction shares a GPU)"
@@ -280,8 +292,16 @@ def _sampling(config: Config) -> Iterator[str]:
             f"reward.length={reward.length:g} with rollout.max_tokens={rollout.max_tokens} and reward."
             f"length_free={reward.length_free}: no caption is long enough to lose any of it"
         )
-    if not (reward.accuracy or reward.length or reward.format):
-        yield "reward.accuracy, reward.length and reward.format are all 0: all captions would be equal"
+    if not (reward.accuracy or reward.length or reward.format or reward.length_cost):
+        yield (
+            "reward.accuracy, reward.length, reward.format and reward.length_cost are all 0: all captions "
+            "would be equal"
+        )
+    if config.data.adaptive_questions and not config.data.questions_per_image:
+        yield (
+            "data.adaptive_questions=true with data.questions_per_image=0: all questions are asked, so there "
+            "is nothing to allocate"
+        )
 
 
 def _queue(config: Config) -> Iterator[str]:
@@ -324,6 +344,27 @@ def _judging(config: Config) -> Iterator[str]:
                 yield f"judge.prompt.{name} must hold {mark} (judge.mode={config.judge.mode.name})"
     if not prompt.abstain.strip():
         yield "judge.prompt.abstain must be a text: it is an option of every question"
+
+
+def _endpoint(config: Config) -> Iterator[str]:
+    judge, endpoint = config.judge, config.judge.endpoint
+    if not endpoint.url:
+        return
+    if not endpoint.url.startswith(("http://", "https://")):
+        yield f"judge.endpoint.url={endpoint.url} must begin with http:// or https://"
+    if judge.mode not in (JudgeMode.expected, JudgeMode.sample):
+        yield (
+            f"judge.mode={judge.mode.name} with judge.endpoint.url={endpoint.url}: an endpoint can be asked "
+            "for letters only; use judge.mode=expected or sample"
+        )
+    if judge.mode is JudgeMode.expected and judge.temperature > 1:
+        yield (
+            f"judge.temperature={judge.temperature:g} with judge.mode=expected and judge.endpoint.url="
+            f"{endpoint.url}: the tokens that an endpoint does not return are bounded for temperatures up to "
+            "1 only"
+        )
+    if endpoint.prefill and not judge.prompt.prefill.strip():
+        yield "judge.endpoint.prefill=true with an empty judge.prompt.prefill: there is nothing to go on from"
 
 
 def _heldout(config: Config) -> Iterator[str]:

@@ -5,7 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from caprl_async.config import Aggregation, Beyond, Config, ImportanceLevel, Proximal, TrustRegion
+from caprl_async.config import (
+    AdvantageKind,
+    Aggregation,
+    Beyond,
+    Config,
+    ImportanceLevel,
+    KLPlace,
+    Proximal,
+    TrustRegion,
+)
 
 _PREFIX = "learner.correction"
 
@@ -15,6 +24,7 @@ def problems(config: Config) -> Iterator[str]:
     yield from _importance(config)
     yield from _trust_region(config)
     yield from _updates(config)
+    yield from _terms(config)
     yield from _bands(config)
 
 
@@ -84,6 +94,22 @@ def _updates(config: Config) -> Iterator[str]:
         yield (
             f"learner.sum_length={learner.sum_length} with learner.aggregation={learner.aggregation.name}: "
             "only sequence_sum divides by it"
+        )
+
+
+def _terms(config: Config) -> Iterator[str]:
+    learner = config.learner
+    if not learner.advantage.per_term:
+        return
+    if learner.advantage.kind is not AdvantageKind.mean_std:
+        yield (
+            f"learner.advantage.per_term=true with learner.advantage.kind={learner.advantage.kind.name}: only "
+            "mean_std brings the terms to one scale; without it their sum is the same"
+        )
+    if learner.kl.coef and learner.kl.place is KLPlace.reward:
+        yield (
+            "learner.advantage.per_term=true with learner.kl.place=reward: the penalty is no term of the "
+            "reward; use learner.kl.place=loss"
         )
 
 

@@ -24,6 +24,12 @@ class JudgeMode(enum.Enum):
     text = "text"
 
 
+class Blind(enum.Enum):
+    off = "off"
+    drop = "drop"
+    weigh = "weigh"
+
+
 class AdvantageKind(enum.Enum):
     mean_std = "mean_std"
     mean = "mean"
@@ -103,7 +109,10 @@ class DataConfig:
     prompt: str = key("Please describe this image in detail.", "what the captioner is asked")
     image_dir: str = key("", "images by content hash are written here; empty: run_dir/images")
     shuffle: bool = key(True, "a new order each epoch, from the seed")
-    questions_per_image: int = key(0, "questions drawn per group; 0: all of the image's questions")
+    questions_per_image: int = key(0, "questions drawn per group, by weight; 0: all of the image's questions")
+    adaptive_questions: bool = key(
+        False, "draw those more often on which captions differed before; the reward stays unbiased"
+    )
 
 
 @dataclass
@@ -185,7 +194,13 @@ class RewardConfig:
     length: float = key(0.0, "weight of the length term (1 up to length_free, then linear to 0)")
     length_free: int = key(2048, "tokens without length penalty")
     length_max: int = key(3072, "tokens at which the length term is 0")
+    length_cost: float = key(0.0, "taken off per 1,000 tokens: pressure to be brief at any length")
     format: float = key(0.0, "weight of the timestamp-format term (video)")
+    absent: float = key(1.0, "factor on the weight of questions about what is absent; 0: not asked")
+    blind: Blind = key(
+        Blind.off, "off | drop | weigh (by 1 - score) questions that are answered without a caption"
+    )
+    blind_limit: float = key(0.5, "blind=drop: questions with a greater score without a caption leave")
     quorum: float = key(0.5, "share of the questions that must be scored for a caption to have a reward")
 
 
@@ -199,6 +214,8 @@ class ReplayConfig:
     max_attempts: int = key(5, "failed attempts before a prompt is given up")
     lease_timeout_s: float = key(300.0, "work without an answer is leased again")
     peer_timeout_s: float = key(30.0, "a peer silent for this long loses its leases")
+    judge_failures: int = key(5, "failures of judges in a row at which admission is paused until one answers")
+    judge_outage_s: float = key(900.0, "judges that have not answered for so long end the run")
     min_reward_spread: float = key(1e-6, "groups whose rewards differ by less are filtered")
     max_evicted_batches: float = key(
         30.0, "batches' worth of groups one batch may cost; beyond, the run ends"
@@ -210,6 +227,9 @@ class AdvantageConfig:
     """How the rewards of a group become advantages."""
 
     kind: AdvantageKind = key(AdvantageKind.mean_std, "mean_std | mean | rloo")
+    per_term: bool = key(
+        False, "mean_std of each reward term on its own, then weighted and added (GDPO; see batch_norm)"
+    )
     batch_norm: bool = key(False, "divide by the standard deviation over the batch, equal groups left out")
     clip: float = key(0.0, "advantages are cut to +- this; 0: not")
 
@@ -310,6 +330,9 @@ class EvaluateConfig:
     """What is measured on held-out images, and when."""
 
     interval: int = key(0, "steps between evaluations during training; 0: only before and after")
+    probe_images: int = key(
+        4, "held-out images captioned beside each batch, to watch the gap to training; 0: none"
+    )
     images: int = key(0, "held-out images used; 0: all")
     temperature: float = key(1.0, "of the captions that are measured")
     heldout_judge: HeldoutJudgeConfig = field(default_factory=HeldoutJudgeConfig)
@@ -354,6 +377,19 @@ class BandsConfig:
     effective_samples: list[float] = key([0.5, 1.0], "effective share of the tokens")
     clip_fraction: list[float] = key([0.0, 0.4], "share of tokens that the trust region holds")
     kl: list[float] = key([], "estimate of the KL to the start policy per token, nats")
+    hack_answer_leak: list[float] = key([0.0, 0.05], "share of captions that speak of an answer or choice")
+    hack_option_letters: list[float] = key([0.0, 1.0], "option marks, as A) or option D, per 100 words")
+    hack_question_echo: list[float] = key([0.0, 0.05], "share of captions that ask or repeat a question")
+    hack_repetition: list[float] = key([0.0, 0.3], "share of a caption's word 4-grams that came before")
+    hack_meta: list[float] = key([0.0, 0.1], "share of captions that talk about or praise themselves")
+    hack_truncated: list[float] = key([0.0, 0.3], "share of captions cut at rollout.max_tokens")
+    hack_length_corr: list[float] = key([-0.95, 0.95], "correlation of length and reward within groups")
+    hack_length_slope: list[float] = key([], "reward gained per 100 tokens, within groups")
+    missing_share: list[float] = key([0.0, 0.2], "share of a caption's questions without a score")
+    missing_length_corr: list[float] = key([-0.3, 0.3], "correlation of missing verdicts and length")
+    missing_reward_corr: list[float] = key([-0.3, 0.3], "correlation of missing verdicts and accuracy")
+    gap_heldout: list[float] = key([-1.0, 0.15], "training minus held-out accuracy, of the same judge")
+    gap_judges: list[float] = key([-1.0, 0.15], "judge minus held-out judge, held out, since the start")
 
 
 @dataclass

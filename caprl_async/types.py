@@ -173,12 +173,15 @@ class Verdict(Struct, frozen=True):
 class RewardParts(Struct, frozen=True):
     """One caption's reward and the terms it is made of; `total` is None if the quorum was missed."""
 
-    total: float | None
-    accuracy: float | None
-    length: float
-    format: float
+    total: float | None  # the terms times their weights, added
+    accuracy: float | None  # 0..1
+    length: float  # 0..1
+    format: float  # 0..1
+    cost: float  # thousands of tokens
     scored: int
     asked: int
+    fact: float | None = None  # accuracy over the questions about what is there
+    absent: float | None = None  # and over those about what is not
 
 
 class ScoredGroup(Struct, frozen=True):
@@ -187,6 +190,8 @@ class ScoredGroup(Struct, frozen=True):
     group: CaptionGroup
     verdicts: tuple[tuple[Verdict, ...], ...]  # [caption][question]
     rewards: tuple[RewardParts, ...]
+    weights: tuple[float, ...]  # with which each question counts
+    blind: tuple[Verdict, ...]  # on an empty caption, per question; empty without `reward.blind`
     index: int  # the prompt's position in the sampler's order
     row_id: str
     image: ImageRef

@@ -156,9 +156,13 @@ def make_batch(
                 ),
                 verdicts=((),) * n,
                 rewards=tuple(
-                    RewardParts(total=draw.random(), accuracy=None, length=0, format=0, scored=1, asked=1)
+                    RewardParts(
+                        total=draw.random(), accuracy=None, length=0, format=0, cost=0, scored=1, asked=1
+                    )
                     for _ in range(n)
                 ),
+                weights=(),
+                blind=(),
                 index=number,
                 row_id=str(number),
                 image=ref,

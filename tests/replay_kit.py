@@ -134,6 +134,7 @@ def make_config(folder: Path, rows: int = 12) -> Config:
     config.rollout.group_size = 3
     config.replay.batch_groups = 4
     config.replay.max_staleness = 2
+    config.evaluate.probe_images = 0
     return config
 
 

@@ -121,8 +121,9 @@ def test_a_synchronous_program_of_100_lines_comes_to_the_same(run: Synchronous) 
         batch = run.batches[step - 1]
         for scored, rewards in zip(batch.groups, found.rewards, strict=True):
             assert [p.total for p in scored.rewards] == pytest.approx(rewards, abs=REWARD_TOLERANCE)
-        ours_of = [[p.total or 0.0 for p in scored.rewards] for scored in batch.groups]
-        for mine, theirs in zip(batch_advantages(ours_of, learner.advantage), found.advantages, strict=True):
+        ours_of = [[(p.total or 0.0,) for p in scored.rewards] for scored in batch.groups]
+        ours_now = batch_advantages(ours_of, learner.advantage, (1.0,))
+        for mine, theirs in zip(ours_now, found.advantages, strict=True):
             assert mine == pytest.approx(theirs, abs=1e-4)  # a small spread magnifies the rewards' 1e-6
         assert found.gap < LOGPROB_TOLERANCE
         ours = {name: p.detach() for name, p in run.parameters(step).items()}

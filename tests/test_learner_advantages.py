@@ -48,9 +48,10 @@ def test_advantages_take_many_groups_at_once() -> None:
 @given(st.lists(rewards, min_size=1, max_size=4), st.sampled_from(AdvantageKind))
 def test_over_the_batch_advantages_have_deviation_one(batch: list[list[float]], kind: AdvantageKind) -> None:
     batch = [*batch, [0.5, 0.5]]  # a group without difference does not count
-    plain = batch_advantages(batch, AdvantageConfig(kind=kind))
+    terms = [[(reward,) for reward in group] for group in batch]
+    plain = batch_advantages(terms, AdvantageConfig(kind=kind), (1.0,))
     scale = statistics.stdev([a for group in plain[:-1] for a in group])
-    found = batch_advantages(batch, AdvantageConfig(kind=kind, batch_norm=True))
+    found = batch_advantages(terms, AdvantageConfig(kind=kind, batch_norm=True), (1.0,))
     for before, after in zip(plain, found, strict=True):
         assert after == pytest.approx([a / (scale + 1e-6) for a in before], abs=1e-9)
     assert found[-1] == [0.0, 0.0]
@@ -58,9 +59,34 @@ def test_over_the_batch_advantages_have_deviation_one(batch: list[list[float]], 
 
 @given(rewards, st.floats(0.01, 3))
 def test_clipped_advantages_stay_within_their_bound(group: list[float], bound: float) -> None:
-    (plain,) = batch_advantages([group], AdvantageConfig())
-    (found,) = batch_advantages([group], AdvantageConfig(clip=bound))
+    terms = [[(reward,) for reward in group]]
+    (plain,) = batch_advantages(terms, AdvantageConfig(), (1.0,))
+    (found,) = batch_advantages(terms, AdvantageConfig(clip=bound), (1.0,))
     assert found == [min(max(a, -bound), bound) for a in plain]
+
+
+@given(st.lists(st.tuples(*[st.sampled_from([0.0, 0.2, 0.5, 0.9, 1.0])] * 3), min_size=2, max_size=6))
+def test_terms_are_normalised_each_on_its_own_then_weighted(group: list[tuple[float, ...]]) -> None:
+    weights = (1.0, 0.2, -0.5)
+    (found,) = batch_advantages([group], AdvantageConfig(), weights)
+    for caption, advantage in zip(group, found, strict=True):
+        expected = 0.0
+        for i, weight in enumerate(weights):
+            column = [row[i] for row in group]
+            spread = statistics.stdev(column)
+            if len(set(column)) > 1:
+                expected += weight * (caption[i] - statistics.fmean(column)) / (spread + 1e-6)
+        assert advantage == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_term_of_small_scale_counts_as_much_as_its_weight_says() -> None:
+    """Added first and normalised then, a term that varies little would hardly be heard."""
+    group = [(0.0, 0.010), (1.0, 0.011), (0.0, 0.011), (1.0, 0.010)]
+    (apart,) = batch_advantages([group], AdvantageConfig(), (1.0, 1.0))
+    (added,) = batch_advantages([[(a + b,) for a, b in group]], AdvantageConfig(), (1.0,))
+    assert apart[2:] == pytest.approx([0.0, 0.0], abs=0.01)
+    assert apart[1] == pytest.approx(-apart[0]) == pytest.approx(2 * added[1], rel=0.02)
+    assert added[3] == pytest.approx(added[1], abs=0.01)
 
 
 def test_learning_rate_warms_up_and_decays_to_its_floor() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caprl_async.config import AdvantageConfig, AdvantageKind, Aggregation
+from caprl_async.config import AdvantageConfig, AdvantageKind, Aggregation, RewardConfig
 from caprl_async.learner.batch import (
     BadBatch,
     NotFinite,
@@ -35,7 +35,7 @@ from caprl_async.types import (
 
 
 def reward(total: float | None) -> RewardParts:
-    return RewardParts(total=total, accuracy=total, length=0, format=0, scored=1, asked=1)
+    return RewardParts(total=total, accuracy=total, length=0, format=0, cost=0, scored=1, asked=1)
 
 
 def scored_group(rewards: list[float | None], number: int = 0) -> ScoredGroup:
@@ -58,6 +58,8 @@ def scored_group(rewards: list[float | None], number: int = 0) -> ScoredGroup:
         finished=1,
     )
     return ScoredGroup(
+        weights=(),
+        blind=(),
         group=group,
         verdicts=((),) * len(rewards),
         rewards=tuple(reward(r) for r in rewards),
@@ -73,7 +75,7 @@ def batch_of(*groups: ScoredGroup) -> TrainBatch:
 
 def test_a_caption_keeps_its_tokens_their_log_probabilities_and_their_age() -> None:
     made = make_sequences(batch_of(scored_group([0.0, 1.0])))
-    first, second = with_advantages(made, AdvantageConfig(kind=AdvantageKind.mean))
+    first, second = with_advantages(made, AdvantageConfig(kind=AdvantageKind.mean), RewardConfig())
     assert first.caption == (7, 8, 9)
     assert first.behaviour == (-1.0, -2.0, -3.0)
     assert first.staleness == (3, 1, 1)
@@ -83,7 +85,7 @@ def test_a_caption_keeps_its_tokens_their_log_probabilities_and_their_age() -> N
 
 def test_groups_of_equal_rewards_are_left_out() -> None:
     made = make_sequences(batch_of(scored_group([0.3, 0.3]), scored_group([0.0, 1.0], 1)))
-    sequences = with_advantages(made, AdvantageConfig(kind=AdvantageKind.rloo))
+    sequences = with_advantages(made, AdvantageConfig(kind=AdvantageKind.rloo), RewardConfig())
     assert {s.group for s in sequences} == {1}
 
 

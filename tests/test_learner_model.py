@@ -17,6 +17,7 @@ from caprl_async.config import (
     ImportanceLevel,
     KLConfig,
     LearnerConfig,
+    RewardConfig,
     TrustRegion,
 )
 from caprl_async.data.processor import PolicyProcessor
@@ -46,7 +47,7 @@ def processor() -> PolicyProcessor:
 def sequences(processor: PolicyProcessor, tmp_path_factory: pytest.TempPathFactory) -> list[TrainSequence]:
     refs = images(tmp_path_factory.mktemp("images"), 3)
     batch = make_batch(processor, refs, 3, lengths=(2, 12))
-    made = with_advantages(make_sequences(batch), AdvantageConfig())
+    made = with_advantages(make_sequences(batch), AdvantageConfig(), RewardConfig())
     return split_updates(made, 1, Aggregation.sequence_mean)[0]
 
 

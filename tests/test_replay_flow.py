@@ -13,9 +13,10 @@ from replay_kit import group, unscored, verdicts
 from caprl_async.config import Config
 from caprl_async.data.rows import Row
 from caprl_async.replay.admission import capacity, may_caption
-from caprl_async.replay.flow import NothingToTrain, Prepared, TrainFlow
+from caprl_async.replay.flow import Prepared, TrainFlow
 from caprl_async.replay.ledger import Ledger, LedgerError
 from caprl_async.replay.staleness import fresh
+from caprl_async.replay.tally import NothingToTrain
 from caprl_async.replay.work import GenerateWork, JudgeWork
 from caprl_async.types import FOREIGN, ImageRef, Outcome, Question, Version
 
@@ -205,7 +206,7 @@ def test_a_version_without_a_batch_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match="learner reports"):
         world.flow.advance(Version(0, 1))
     with pytest.raises(LedgerError, match="no batch"):
-        world.flow.metrics(Version(0, 0))
+        world.flow.measured(Version(0, 0))
 
 
 def test_groups_without_any_spread_end_the_run_with_the_reason(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caprl_async.config import RewardConfig
-from caprl_async.reward.reward import format_term, length_term, reward_parts
-from caprl_async.types import Outcome, RewardParts, Verdict
+from caprl_async.config import Blind, RewardConfig
+from caprl_async.reward.reward import counted_weights, format_term, length_term, reward_parts
+from caprl_async.types import Outcome, Question, QuestionKind, RewardParts, Verdict
 
 scores = st.floats(0, 1)
 missing = st.sampled_from([Outcome.UNSCORABLE, Outcome.JUDGE_DOWN])
@@ -22,6 +22,11 @@ def lacking(outcome: Outcome) -> Verdict:
     return Verdict(question_id="q", outcome=outcome, draws=0 if outcome is Outcome.NOT_ASKED else 1)
 
 
+def question(kind: QuestionKind = QuestionKind.FACT, weight: float = 1.0) -> Question:
+    answer = 0 if kind is QuestionKind.FACT else None
+    return Question(question_id="q", stem="?", choices=("a", "b"), answer=answer, kind=kind, weight=weight)
+
+
 def parts(
     verdicts: list[Verdict],
     weights: list[float] | None = None,
@@ -30,6 +35,7 @@ def parts(
 ) -> RewardParts:
     return reward_parts(
         verdicts,
+        [question()] * len(verdicts),
         weights or [1.0] * len(verdicts),
         tokens=more.get("tokens", 10),
         text="",
@@ -98,3 +104,37 @@ def test_terms_are_weighed_together() -> None:
 )
 def test_format_term(text: str, value: float) -> None:
     assert format_term(text) == pytest.approx(value)
+
+
+def test_length_costs_at_any_length_when_asked() -> None:
+    config = RewardConfig(length_cost=2.0)
+    short, long = (parts([scored(0.5)], config=config, tokens=n) for n in (10, 110))
+    assert short.total == pytest.approx(0.5 - 0.02)
+    assert short.total - long.total == pytest.approx(0.2)
+    assert parts([scored(0.5)], tokens=110).total == 0.5
+
+
+def test_kinds_of_questions_have_accuracies_of_their_own() -> None:
+    questions = [question(), question(QuestionKind.ABSENT), question(QuestionKind.ABSENT)]
+    verdicts = [scored(0.25), scored(1.0), scored(0.5)]
+    found = reward_parts(
+        verdicts, questions, [1.0, 2.0, 0.0], tokens=5, text="", config=RewardConfig(), scale=1.5
+    )
+    assert (found.fact, found.absent) == (0.25, 1.0)
+    assert found.accuracy == pytest.approx(1.5 * (0.25 + 2 * 1.0) / 3)
+    assert (found.scored, found.asked) == (2, 2)  # of weight 0: not counted at all
+
+
+@pytest.mark.parametrize(
+    ("blind", "expected"),
+    [
+        (RewardConfig(), (3.0, 1.0, 1.0, 2.0)),
+        (RewardConfig(blind=Blind.drop, blind_limit=0.5), (0.0, 1.0, 1.0, 2.0)),
+        (RewardConfig(blind=Blind.weigh), (pytest.approx(0.3), 0.75, 1.0, 2.0)),
+    ],
+)
+def test_questions_that_need_no_caption_lose_weight(blind: RewardConfig, expected: tuple[float, ...]) -> None:
+    """Not those about absent things, right without one by design, nor those that were not measured."""
+    questions = [question(weight=3.0), question(), question(QuestionKind.ABSENT), question(weight=2.0)]
+    without = [scored(0.9), scored(0.25), scored(1.0), lacking(Outcome.UNSCORABLE)]
+    assert counted_weights(questions, without, blind) == expected

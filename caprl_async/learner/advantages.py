@@ -27,9 +27,9 @@ def group_advantages(rewards: Tensor, kind: AdvantageKind) -> Tensor:
     n = rewards.shape[-1]
     if n == 1:
         return torch.zeros_like(rewards)
-    centred = rewards - rewards.mean(-1, keepdim=True)
-    if bool((rewards == rewards[..., :1]).all()):
-        return torch.zeros_like(rewards)  # not the rounding error of the mean, blown up by a tiny std
+    # Not the rounding error of the mean, blown up by a tiny std.
+    equal = (rewards == rewards[..., :1]).all(-1, keepdim=True)
+    centred = (rewards - rewards.mean(-1, keepdim=True)).masked_fill(equal, 0.0)
     if kind is AdvantageKind.mean:
         return centred
     if kind is AdvantageKind.rloo:
@@ -37,13 +37,25 @@ def group_advantages(rewards: Tensor, kind: AdvantageKind) -> Tensor:
     return centred / (rewards.std(-1, keepdim=True) + STD_FLOOR)
 
 
-def batch_advantages(groups: Sequence[Sequence[float]], config: AdvantageConfig) -> list[list[float]]:
+def batch_advantages(
+    groups: Sequence[Sequence[Sequence[float]]], config: AdvantageConfig, weights: Sequence[float]
+) -> list[list[float]]:
     """Advantages of all captions of a batch, group by group; all 0 in a group of equal rewards.
 
-    With `batch_norm` they are divided by `std + 1e-6` over the captions of the groups that have a difference
-    (their mean is 0 already; REINFORCE++, arXiv 2501.03262); then cut to +-`clip`.
+    The advantage of each term is taken within the group and weighted, and they are added (GDPO, arXiv
+    2601.05242); a single term is plain GRPO. With `batch_norm` they are divided by `std + 1e-6` over the
+    captions of the groups that have a difference (their mean is 0 already; REINFORCE++, arXiv 2501.03262);
+    then cut to +-`clip`.
+
+    Args:
+        groups: [group][caption][term].
+        weights: [term].
     """
-    found = [group_advantages(torch.tensor(group, dtype=torch.float64), config.kind) for group in groups]
+    scales = torch.tensor(weights, dtype=torch.float64)
+    found = [
+        (scales[:, None] * group_advantages(torch.tensor(group, dtype=torch.float64).T, config.kind)).sum(0)
+        for group in groups
+    ]
     if config.batch_norm and (differing := [group for group in found if group.any()]):
         scale = torch.cat(differing).std() + STD_FLOOR
         found = [group / scale for group in found]

@@ -10,10 +10,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 
-from caprl_async.config import AdvantageConfig, Aggregation
+from caprl_async.config import AdvantageConfig, Aggregation, RewardConfig
 from caprl_async.data.processor import Grid
 from caprl_async.learner.advantages import batch_advantages
 from caprl_async.learner.losses import token_weights
+from caprl_async.reward.reward import term_values, term_weights
 from caprl_async.types import CaptionGroup, ImageRef, ScoredGroup, TrainBatch
 
 
@@ -45,6 +46,7 @@ class TrainSequence:
     behaviour: tuple[float, ...]  # T
     staleness: tuple[int, ...]  # T, learner steps
     reward: float
+    terms: tuple[float, ...] = ()  # of the reward, without their weights: `reward.TERMS`
     advantage: float = 0.0
     weight: float = 0.0  # of each of its tokens in the loss; 0: computed, but trains nothing
 
@@ -104,7 +106,9 @@ def make_sequences(batch: TrainBatch, banned: Collection[int] = ()) -> list[Trai
     for number, scored in enumerate(batch.groups):
         rewards = check_group(scored)
         group = scored.group
-        for i, (caption, reward) in enumerate(zip(group.captions, rewards, strict=True)):
+        for i, (caption, reward, parts) in enumerate(
+            zip(group.captions, rewards, scored.rewards, strict=True)
+        ):
             if not never.isdisjoint(caption.token_ids):
                 raise BadBatch(
                     f"{caption_name(group, i)}: holds the banned tokens "
@@ -125,15 +129,25 @@ def make_sequences(batch: TrainBatch, banned: Collection[int] = ()) -> list[Trai
                     behaviour=caption.logprobs,
                     staleness=tuple(staleness),
                     reward=reward,
+                    terms=term_values(parts),
                 )
             )
     return sequences
 
 
-def with_advantages(sequences: Sequence[TrainSequence], config: AdvantageConfig) -> list[TrainSequence]:
-    """The captions of the groups with something to learn; groups of equal rewards are left out."""
+def with_advantages(
+    sequences: Sequence[TrainSequence], config: AdvantageConfig, reward: RewardConfig
+) -> list[TrainSequence]:
+    """The captions of the groups with something to learn; groups of equal rewards are left out.
+
+    With `per_term` what counts is the terms of the rewards, else the rewards.
+    """
     groups = [list(members) for _, members in groupby(sequences, key=lambda s: s.group)]
-    found = batch_advantages([[s.reward for s in members] for members in groups], config)
+    if config.per_term:
+        columns = [[s.terms for s in members] for members in groups]
+        found = batch_advantages(columns, config, term_weights(reward))
+    else:
+        found = batch_advantages([[(s.reward,) for s in members] for members in groups], config, (1.0,))
     return [
         replace(s, advantage=advantage)
         for members, advantages in zip(groups, found, strict=True)

@@ -95,7 +95,7 @@ class Trainer:
         penalty: dict[str, float] = {}
         if self.reference is not None and learner.kl.place is KLPlace.reward:
             sequences, penalty = self._penalised(sequences)
-        sequences = with_advantages(sequences, learner.advantage)
+        sequences = with_advantages(sequences, learner.advantage, self.config.reward)
         sum_length = learner.sum_length or self.config.rollout.max_tokens
         parts = split_updates(sequences, learner.updates_per_batch, learner.aggregation, sum_length)
         plans = [make_plan(part, self.world, learner.micro_batch_tokens) for part in parts]

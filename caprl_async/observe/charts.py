@@ -52,6 +52,16 @@ CHARTS = (
         (Line("judge", "eval_judge"), Line("held-out judge", "eval_heldout_judge")),
         percent=True,
     ),
+    Chart(
+        "Held out",
+        "accuracy on held-out images during training, and on training images",
+        (
+            Line("judge", "heldout_score"),
+            Line("held-out judge", "heldout_judge_score"),
+            Line("training", names.ACCURACY),
+        ),
+        percent=True,
+    ),
     Chart("Caption length", "tokens", (Line("mean", names.LENGTH),)),
     Chart(
         "Staleness",
@@ -125,6 +135,21 @@ CHARTS = (
     ),
 )
 
+HACKING_CHARTS = (
+    Chart(
+        "Reward hacking",
+        "share of captions, or of their 4-grams, by the monitors below",
+        (
+            Line("answer leak", "hack_answer_leak"),
+            Line("question echo", "hack_question_echo"),
+            Line("talk about itself", "hack_meta"),
+            Line("repetition", "hack_repetition"),
+        ),
+        percent=True,
+    ),
+)
+"""Shown beside the table of monitors."""
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -136,9 +161,9 @@ class Drawn:
     legend: tuple[tuple[int, str, str], ...]  # (colour, label, last value)
 
 
-def draw_all(rows: Sequence[Row]) -> list[Drawn]:
+def draw_all(rows: Sequence[Row], charts: Sequence[Chart] = CHARTS) -> list[Drawn]:
     """The charts that the rows have values for."""
-    drawn = [_draw(chart, rows, i) for i, chart in enumerate(CHARTS)]
+    drawn = [_draw(chart, rows) for chart in charts]
     return [chart for chart in drawn if chart is not None]
 
 
@@ -163,12 +188,13 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def _draw(chart: Chart, rows: Sequence[Row], number: int) -> Drawn | None:
+def _draw(chart: Chart, rows: Sequence[Row]) -> Drawn | None:
     curves = [(line, *series(rows, line.metric)) for line in chart.lines]
     curves = [(line, x, y) for line, x, y in curves if len(x)]
     if not curves:
         return None
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": f"chart-{number}", "font.size": 9}):
+    # The salt keeps the ids of one page's SVGs apart.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.title, "font.size": 9}):
         figure = Figure(figsize=(3.7, 2.0), layout="constrained")
         axes = figure.add_subplot()
         for i, (_, x, y) in enumerate(curves):

@@ -24,8 +24,9 @@ from PIL import Image
 
 from caprl_async.observe import table
 from caprl_async.observe.alarms import read_alarms
-from caprl_async.observe.charts import draw_all
+from caprl_async.observe.charts import HACKING_CHARTS, Drawn, draw_all
 from caprl_async.observe.metrics import read_lines, read_metrics
+from caprl_async.observe.monitors import monitor_rows
 from caprl_async.observe.progress import duration
 
 REPORT = "report.html"
@@ -59,18 +60,26 @@ def render(folder: Path) -> str:
     )
     page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     results = table.rows_of(result)
+    bands = _at(conf, "observe", "bands", {})
     return page.render(
         name=folder.resolve().name,
         facts=_facts(folder, conf, result, rows),
         finished=bool(result),
         gain=table.gain_text(results),
         result_table=Markup(table.html_table(results)) if results else "",
-        charts=[(chart, Markup(chart.svg)) for chart in draw_all(rows)],
+        charts=_marked(draw_all(rows)),
+        hacking_charts=_marked(draw_all(rows, HACKING_CHARTS)),
+        monitors=monitor_rows(rows, bands if isinstance(bands, dict) else {}),
         alarms=read_alarms(folder)[-_ALARMS:],
         gallery=gallery(folder, int(_at(conf, "observe", "gallery_images", 12))),
         samples=training_samples(folder),
         conf=conf_text,
     )
+
+
+def _marked(charts: Sequence[Drawn]) -> list[tuple[Drawn, Markup]]:
+    """Each chart with its SVG, which is ours and needs no escaping."""
+    return [(chart, Markup(chart.svg)) for chart in charts]
 
 
 # ---------------------------------------------------------------- header

@@ -7,9 +7,18 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from caprl_async.config import ReplayConfig
+from caprl_async.replay.breaker import Breaker
 from caprl_async.replay.leases import Held, Leases, PeerState
 from caprl_async.replay.transport import encode
-from caprl_async.replay.work import GenerateWork, JudgeWork, Work, WorkOwner, wrong_group, wrong_verdicts
+from caprl_async.replay.work import (
+    GenerateWork,
+    JudgeWork,
+    Work,
+    WorkOwner,
+    judge_down,
+    wrong_group,
+    wrong_verdicts,
+)
 from caprl_async.types import (
     Ack,
     Credit,
@@ -40,6 +49,8 @@ class Dispatch:
         self.outbox: deque[Outgoing] = deque()
         self.acks: list[Outgoing] = []
         self.unexpected = 0  # messages of peers that had not said Hello
+        self.breakers: dict[str, Breaker] = {}  # by what judges serve
+        self._config = config
         self._on_error = on_error
         self._training_first = False
 
@@ -62,39 +73,59 @@ class Dispatch:
 
     def _answer(self, work: Work, message: Generated | Judged, now: float) -> None:
         if message.failure is not None:
-            work.owner.failed(work, message.failure, now)
+            self._fail(work, message.failure, now)
         elif isinstance(work, GenerateWork) and isinstance(message, Generated) and message.group:
             wrong = wrong_group(work.prompt, message.group)
             if wrong:
-                work.owner.failed(work, wrong, now)
+                self._fail(work, wrong, now)
             else:
                 work.owner.generated(work, message.group, now)
         elif isinstance(work, JudgeWork) and isinstance(message, Judged) and message.verdicts is not None:
             wrong = wrong_verdicts(work, message.verdicts)
             if wrong:
-                work.owner.failed(work, wrong, now)
+                self._fail(work, wrong, now)
+                return
+            if down := judge_down(message.verdicts):
+                self.breakers[work.serves].failed(down, now)
             else:
-                work.owner.judged(work, message.verdicts, now)
+                self.breakers[work.serves].answered()
+            work.owner.judged(work, message.verdicts, now)
         else:
-            work.owner.failed(work, "an answer of the wrong kind or without content", now)
+            self._fail(work, "an answer of the wrong kind or without content", now)
 
-    def expire(self, now: float) -> None:
-        """Takes back what has waited too long or lies with a silent peer."""
+    def _fail(self, work: Work, reason: str, now: float, *, lost: bool = False) -> None:
+        if isinstance(work, JudgeWork):
+            self.breakers[work.serves].failed(reason, now)
+        work.owner.failed(work, reason, now, lost=lost)
+
+    def expire(self, waiting: Iterable[str], now: float) -> None:
+        """Takes back what has waited too long or lies with a silent peer; `waiting`: judges with work to do.
+
+        Raises:
+            JudgesDown: judges have been silent for too long.
+        """
         for held, why in self.leases.lost(now):
             self._revoke(held)
             self._lose(held, why, now)
+        for serves in waiting:
+            if not self.leases.anyone(serves):
+                self._breaker(serves).nobody(now)
+        for breaker in self.breakers.values():
+            breaker.check(now)
 
     def revoke(self, unwanted: Callable[[Work], bool]) -> None:
         """Takes back work that nobody wants any more; its owner hears nothing."""
         for held in self.leases.revoke(unwanted):
             self._revoke(held)
+            if isinstance(held.work, JudgeWork):
+                self.breakers[held.work.serves].withdrawn()
 
     def _revoke(self, held: Held) -> None:
         peer = self.leases.peers[held.peer]
         self.outbox.append((peer.identity, encode(Revoke(lease=held.number))))
 
     def _lose(self, held: Held, why: str, now: float) -> None:
-        held.work.owner.failed(held.work, why, now, lost=True)
+        self._fail(held.work, why, now, lost=True)
 
     def hand_out(self, evaluations: Iterable[tuple[WorkOwner, int]], training: WorkOwner, now: float) -> None:
         """Leases whatever peers can take now. `evaluations`: each with its amount of waiting work."""
@@ -115,6 +146,8 @@ class Dispatch:
     def _work_for(
         self, peer: PeerState, runs: list[tuple[WorkOwner, int]], training: WorkOwner, now: float
     ) -> Work | None:
+        if peer.hello.role is Role.ROLLOUT and self._breaker("judge").is_open:
+            return None  # no captions that nobody would score
         owners = [owner for owner, _ in runs]
         if sum(waiting for _, waiting in runs) > _SMALL_EVAL and self._training_first:
             owners = [training, *owners]
@@ -126,12 +159,28 @@ class Dispatch:
             if peer.hello.role is Role.ROLLOUT:
                 work = owner.next_generate(peer.hello.name, peer.version, now)
             elif peer.hello.role is Role.JUDGE:
-                work = owner.next_judge(peer.hello.name, peer.hello.serves, now)
+                work = self._judge_work(owner, peer, now)
             else:
                 return None
             if work is not None:
                 return work
+        if peer.hello.role is Role.JUDGE and not any(
+            peer.hello.serves in owner.waiting_judges() for owner in owners
+        ):
+            self._breaker(peer.hello.serves).relent(now)
         return None
+
+    def _judge_work(self, owner: WorkOwner, peer: PeerState, now: float) -> JudgeWork | None:
+        breaker = self._breaker(peer.hello.serves)
+        work = owner.next_judge(peer.hello.name, peer.hello.serves, now) if breaker.may_give(now) else None
+        if work is not None:
+            breaker.given()
+        return work
+
+    def _breaker(self, serves: str) -> Breaker:
+        if serves not in self.breakers:
+            self.breakers[serves] = Breaker(self._config, serves, self._on_error)
+        return self.breakers[serves]
 
 
 def _message(number: int, work: Work) -> Any:

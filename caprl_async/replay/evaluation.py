@@ -218,6 +218,9 @@ class EvalRun:
                 return JudgeWork(self, key, item.attempt, (item.text or "",), asked, index, judge)
         return None
 
+    def waiting_judges(self) -> set[str]:
+        return {judge for _, _, judge in self._to_judge}
+
     def generated(self, work: GenerateWork, group: CaptionGroup, now: float) -> None:
         item = self._items[work.prompt.index]
         caption = group.captions[0]
@@ -270,6 +273,18 @@ class EvalRun:
         )
 
     # ------------------------------------------------------------ result
+
+    def answers(self) -> dict[str, list[list[tuple[Question, Verdict]]]]:
+        """By judge the verdicts on each image that has any; call it when `done`."""
+        good = [item for item in self._items if not item.failed]
+        return {
+            judge: [
+                list(zip(self._asked(item, judge), item.verdicts[judge], strict=True))
+                for item in good
+                if judge in item.verdicts
+            ]
+            for judge in self._questions
+        }
 
     def result(self) -> EvalResult:
         """The table's row of this evaluation; call it when `done`."""

@@ -14,11 +14,23 @@ import msgspec
 from caprl_async.config import Config
 from caprl_async.replay.admission import capacity, may_caption
 from caprl_async.replay.ledger import Event, Ledger, LedgerError
-from caprl_async.replay.lives import Cut, Life, Prepared, new_life, pop_due, score_group, totals
-from caprl_async.replay.metrics import batch_metrics, mean
+from caprl_async.replay.lives import (
+    Cut,
+    Life,
+    Prepared,
+    captions_to_judge,
+    new_life,
+    pop_due,
+    reward_columns,
+    score_group,
+    spread,
+    totals,
+)
 from caprl_async.replay.staleness import choose, group_fresh, token_staleness
+from caprl_async.replay.tally import Measured, Tally
 from caprl_async.replay.transport import encode
 from caprl_async.replay.work import GenerateWork, JudgeWork, Verdicts, Work, judge_down
+from caprl_async.reward.allocation import Spreads
 from caprl_async.types import (
     BatchReply,
     CaptionGroup,
@@ -31,16 +43,6 @@ from caprl_async.types import (
 
 _BACKOFF_S = 0.25  # after a failure; doubled by each further one of the same prompt
 _BACKOFF_MAX_S = 5.0
-_REMEDIES = {
-    Evicted.FILTERED: "all captions of a group got equal rewards: can this judge answer in this judge.mode?",
-    Evicted.UNSCORABLE: "the judge could not score them: look at judge.* and the questions",
-    Evicted.FAILED: "they failed too often",
-    Evicted.BAD_ROW: "their images cannot be read: look at data.train and data.image_dir",
-}
-
-
-class NothingToTrain(RuntimeError):
-    """Group after group is evicted; no batch will be full."""
 
 
 class TrainFlow:
@@ -59,6 +61,7 @@ class TrainFlow:
         self.evicted: Counter[str] = Counter()
         self.retried: Counter[str] = Counter()
         self.staleness: Counter[int] = Counter()  # tokens of all batches
+        self._spreads = Spreads() if config.data.adaptive_questions else None
         self._reset(Version(0, 0), 0)
 
     def _reset(self, version: Version, cursor: int) -> None:
@@ -72,10 +75,7 @@ class TrainFlow:
         self._to_judge: list[Life] = []
         self._ready: dict[int, ScoredGroup] = {}
         self._cut: Cut | None = None
-        self._since_cut: Counter[str] = Counter()
-        self._rewards_since_cut: list[float] = []
-        self._last_failure = ""
-        self._metrics: dict[Version, dict[str, float]] = {}
+        self._tally = Tally(self._replay)
 
     # ------------------------------------------------------------ admission
 
@@ -122,7 +122,7 @@ class TrainFlow:
         return None
 
     def _new_life(self, prepared: Prepared, attempt: int) -> Life:
-        life = new_life(prepared, attempt, self._config)
+        life = new_life(prepared, attempt, self._config, self._spreads)
         self._lives[prepared.index] = life
         return life
 
@@ -147,10 +147,12 @@ class TrainFlow:
             if not group_fresh(life.group, self.version, self._replay.max_staleness):
                 self._retry(life, Retried.STALE)
                 continue
-            prompt = life.prompt
-            texts = tuple(caption.text for caption in life.group.captions)
+            prompt, texts = life.prompt, captions_to_judge(life, self._config)
             return JudgeWork(self, prompt.key, prompt.attempt, texts, life.questions, prompt.index, "judge")
         return None
+
+    def waiting_judges(self) -> set[str]:
+        return {"judge"} if self._to_judge and not self.finished else set()
 
     def generated(self, work: GenerateWork, group: CaptionGroup, now: float) -> None:
         life = self._of(work.key, work.attempt)
@@ -183,17 +185,19 @@ class TrainFlow:
             life.not_before = now + 4 * _BACKOFF_S
             self._to_judge.append(life)
             return
-        scored = score_group(life, verdicts, self._config)
+        judgement = score_group(life, verdicts, self._config)
+        scored = judgement.scored
+        self._tally.judged(judgement.missing, totals(scored) if scored is not None else [])
         if scored is None:
             self._evict(life, Evicted.UNSCORABLE)
             return
-        rewards = totals(scored)
-        self._rewards_since_cut.extend(rewards)
-        if max(rewards) - min(rewards) < self._replay.min_reward_spread:
+        if self._spreads is not None:
+            self._spreads.learn(life.questions, scored.verdicts)
+        if spread(scored.rewards, self._config) < self._replay.min_reward_spread:
             self._evict(life, Evicted.FILTERED)
             return
         self._ready[life.prompt.index] = scored
-        self._record(life, Event.READY, self.version, rewards=[round(reward, 4) for reward in rewards])
+        self._record(life, Event.READY, self.version, **reward_columns(scored.rewards))
         self._ledger.journal(life.prompt.key, life.prompt.attempt, Event.READY.value, encode(scored))
 
     def failed(self, work: Work, reason: str, now: float, *, lost: bool = False) -> None:
@@ -201,7 +205,7 @@ class TrainFlow:
         if life is None:
             return
         self._on_error(work.key, reason)
-        self._last_failure = reason
+        self._tally.last_failure = reason
         life.failures += 1
         wait = min(_BACKOFF_MAX_S, _BACKOFF_S * 2 ** (life.failures - 1))
         life.not_before = now if lost else now + wait
@@ -234,7 +238,8 @@ class TrainFlow:
             self._record(life, Event.CUT, version, oldest=str(scored.group.oldest))
         self._taken += len(chosen)
         self._cut = Cut(batch, encode(BatchReply(batch=batch)), tuple(life.questions for life in lives))
-        self._measure(batch)
+        self.staleness.update(token_staleness(batch.groups, batch.version))
+        self._tally.cut(batch, self._cut.questions)
         self.cut_listener(self._cut)
         return self._cut
 
@@ -264,31 +269,13 @@ class TrainFlow:
                 del self._ready[index]
                 self._retry(self._lives[index], Retried.STALE)
 
-    def _measure(self, batch: TrainBatch) -> None:
-        self.staleness.update(token_staleness(batch.groups, batch.version))
-        since = self._since_cut
-        self._metrics[batch.version] = {
-            **batch_metrics(batch.groups, batch.version, self._replay.max_staleness),
-            "reward_all_mean": mean(self._rewards_since_cut),
-            "zero_variance_groups": float(since[Evicted.FILTERED.value]),
-            "unscorable_groups": float(since[Evicted.UNSCORABLE.value]),
-            "failed_groups": float(since[Evicted.FAILED.value]),
-            "stale_retries": float(since[f"retried_{Retried.STALE.value}"]),
-            "failed_retries": float(since[f"retried_{Retried.FAILED.value}"]),
-        }
-        self._since_cut, self._rewards_since_cut = Counter(), []
-        for old in sorted(self._metrics)[:-8]:
-            del self._metrics[old]
-
-    def metrics(self, version: Version) -> dict[str, float]:
-        """Measures of the batch cut at `version` and of what was filtered and retried since the one before.
+    def measured(self, version: Version) -> Measured:
+        """The batch cut at `version`, and what was filtered and retried since the one before.
 
         Raises:
             LedgerError: no such batch, or long ago.
         """
-        if version not in self._metrics:
-            raise LedgerError(f"no batch was cut at version {version}")
-        return self._metrics[version]
+        return self._tally.measured(version)
 
     # ------------------------------------------------------------ the end of an attempt
 
@@ -301,7 +288,7 @@ class TrainFlow:
         self._record(life, Event.RETRIED, self.version, reason=reason.value)
         self._ledger.forget([prompt.key])
         self.retried[reason.value] += 1
-        self._since_cut[f"retried_{reason.value}"] += 1
+        self._tally.retried(reason)
         self._again.append(life)
         self._again.sort(key=lambda waiting: waiting.prompt.index)
 
@@ -309,27 +296,8 @@ class TrainFlow:
         self._record(life, Event.EVICTED, self.version, reason=reason.value)
         self._ledger.forget([life.prompt.key])
         self.evicted[reason.value] += 1
-        self._since_cut[reason.value] += 1
         del self._lives[life.prompt.index]
-        self._check_yield()
-
-    def _check_yield(self) -> None:
-        """
-        Raises:
-            NothingToTrain: too many groups were evicted since the last batch (replay.max_evicted_batches).
-        """
-        counts = {reason: self._since_cut[reason.value] for reason in Evicted}
-        if sum(counts.values()) <= self._replay.max_evicted_batches * self._replay.batch_groups:
-            return
-        most = max(counts, key=lambda reason: counts[reason])
-        found = ", ".join(f"{count} {reason.value}" for reason, count in counts.items() if count)
-        last = f"; the last failure was: {self._last_failure}" if counts[Evicted.FAILED] else ""
-        raise NothingToTrain(
-            f"since the last batch {found} groups were evicted and {len(self._ready)} are ready, "
-            f"mean reward {mean(self._rewards_since_cut):.3f}; "
-            f"{_REMEDIES[most]}{last} "
-            f"(limit: replay.max_evicted_batches={self._replay.max_evicted_batches:g})"
-        )
+        self._tally.evicted(reason, ready=len(self._ready))
 
     def _record(self, life: Life, event: Event, version: Version, **detail: Any) -> None:
         prompt = life.prompt
@@ -360,6 +328,7 @@ class TrainFlow:
             "captions_sampled": self.captions_sampled,
             "captions_trained": self.captions_trained,
             "staleness": sorted(self.staleness.items()),
+            "spreads": self._spreads.state() if self._spreads is not None else [],
             "ledger": self._ledger.identity,
             "position": self._ledger.position,
         }
@@ -374,6 +343,8 @@ class TrainFlow:
         self.captions_sampled = state["captions_sampled"]
         self.captions_trained = state["captions_trained"]
         self.staleness = Counter(dict(state["staleness"]))
+        if self._spreads is not None:
+            self._spreads = Spreads(state["spreads"])
         attempts = dict(state["outstanding"])
         own = state["ledger"] == self._ledger.identity
         self._ledger.roll_back(state["position"] if own else 0, version)

@@ -10,9 +10,11 @@ import asyncio
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import replace
 
 from caprl_async.config import Config
 from caprl_async.data.images import BadImage, ImageStore
@@ -20,9 +22,10 @@ from caprl_async.data.load import load_rows
 from caprl_async.data.rows import Dataset, Reject, Row, append_rejects
 from caprl_async.data.sampler import PromptSampler
 from caprl_async.replay.dispatch import Dispatch
-from caprl_async.replay.evaluation import EvalError, EvalResult, EvalRun, EvalSpec
+from caprl_async.replay.evaluation import EvalError, EvalResult, EvalRun, EvalSpec, heldout_spec
 from caprl_async.replay.flow import Cut, Prepared, TrainFlow
 from caprl_async.replay.ledger import Event, Ledger, LedgerError
+from caprl_async.replay.probe import Probe
 from caprl_async.replay.samples import append_samples, record_batch
 from caprl_async.replay.status import Rates, status
 from caprl_async.replay.transport import HubAddress, HubSocket, encode
@@ -72,6 +75,9 @@ class ReplayQueue:
         self._evals: dict[str, tuple[EvalRun, asyncio.Event]] = {}
         self._eval_data: dict[str, Dataset] = {}
         self._rates = Rates()
+        self._probe = Probe(config.reward.absent)
+        self._probes = 0  # begun
+        self._probing: asyncio.Task[None] | None = None
 
     # ------------------------------------------------------------ life
 
@@ -85,6 +91,8 @@ class ReplayQueue:
 
     async def stop(self) -> None:
         """Closes the socket and the ledger; may be called twice."""
+        if self._probing is not None:
+            self._tasks.append(self._probing)
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -156,9 +164,12 @@ class ReplayQueue:
             for identity, data in acks:
                 await self._socket.send(identity, data)
             now = time.time()
-            self._dispatch.expire(now)
+            self._dispatch.expire(self._waiting_judges(), now)
             self._rates.tick(now, self._flow.captions_sampled)
             await self._pump()
+
+    def _waiting_judges(self) -> set[str]:
+        return self._flow.waiting_judges().union(*(run.waiting_judges() for run, _ in self._evals.values()))
 
     async def _prepare(self) -> None:
         """Puts the images of the next prompts into the store, ahead of their admission."""
@@ -207,6 +218,10 @@ class ReplayQueue:
         append_samples(self._run_dir / "samples.jsonl", cut, self._config.observe.samples_per_step)
         if self._config.observe.record_batches:
             record_batch(self._run_dir / "batches", cut)
+        self._probe.trained_on(self._flow.measured(cut.batch.version).numbers["accuracy_mean"])
+        wanted = self._config.data.heldout and self._config.evaluate.probe_images
+        if wanted and (self._probing is None or self._probing.done()):  # one at a time
+            self._probing = asyncio.create_task(self._guard(self._probe_once()))
 
     def _on_error(self, source: str, text: str) -> None:
         self._errors.append({"time": time.time(), "source": source, "error": text})
@@ -225,7 +240,8 @@ class ReplayQueue:
         """Measures of the batch cut at `version` (see replay/metrics.py), flat."""
         self._check()
         return {
-            **self._flow.metrics(version),
+            **await asyncio.to_thread(self._flow.measured(version).metrics),
+            **self._probe.metrics(),
             "captions_sampled": float(self._flow.captions_sampled),
             "captions_trained": float(self._flow.captions_trained),
         }
@@ -249,7 +265,7 @@ class ReplayQueue:
     async def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the queue, plain; call it between two learner steps."""
         self._check()
-        return self._flow.state()
+        return {**self._flow.state(), "probe": self._probe.state()}
 
     async def restore(self, state: dict[str, Any], version: Version) -> None:
         """Goes back to a `state`; `version` begins a new epoch. What was under way then is issued again.
@@ -263,6 +279,7 @@ class ReplayQueue:
         rows = [(index, self._sampler.row_at(index)) for index, _ in state["outstanding"]]
         again = await asyncio.to_thread(lambda: [self._put(self._train, index, row) for index, row in rows])
         self._flow.restore(state, version, again)
+        self._probe.restore(state["probe"])
         self._rates = Rates()
         self._inherited = False
         await self._pump()
@@ -279,9 +296,13 @@ class ReplayQueue:
         self._check()
         if not _NAME.fullmatch(spec.name) or spec.name in self._evals:
             raise EvalError(f"evaluation name {spec.name!r} is running or is no plain file name")
-        questions = {judge: await self._questions_of(judge) for judge in spec.judges}
         data = await self._questions_of("judge")
-        rows = data.rows[: spec.images] if spec.images else data.rows
+        run = await self._measure(spec, data, data.rows[: spec.images] if spec.images else data.rows)
+        await asyncio.to_thread(run.write, self._run_dir / "evals" / f"{spec.name}.jsonl")
+        return run.result()
+
+    async def _measure(self, spec: EvalSpec, data: Dataset, rows: Sequence[Row]) -> EvalRun:
+        questions = {judge: await self._questions_of(judge) for judge in spec.judges}
         prepared = await asyncio.to_thread(lambda: [self._put(data, i, row) for i, row in enumerate(rows)])
         run, done = EvalRun(spec, self._config, prepared, questions, self._on_error), asyncio.Event()
         self._evals[spec.name] = (run, done)
@@ -292,8 +313,22 @@ class ReplayQueue:
         finally:
             del self._evals[spec.name]
             self._dispatch.revoke(lambda work: work.owner is run)
-        await asyncio.to_thread(run.write, self._run_dir / "evals" / f"{spec.name}.jsonl")
-        return run.result()
+        return run
+
+    async def _probe_once(self) -> None:
+        """Captions the next few held-out images with the weights of the moment and has every judge ask."""
+        count = self._config.evaluate.probe_images
+        spec = heldout_spec(self._config, f"probe {self._probes}")
+        seed = self._config.seed + count * self._probes  # new numbers for an image that comes again
+        spec = replace(spec, sampling=replace(spec.sampling, seed=seed))
+        data = await self._questions_of("judge")
+        others = [await self._questions_of(judge) for judge in spec.judges]
+        known = [row for row in data.rows if all(other.get(row.row_id) for other in others)]
+        first = count * self._probes
+        rows = [known[(first + i) % len(known)] for i in range(min(count, len(known)))]
+        self._probes += 1
+        if rows:
+            self._probe.take((await self._measure(spec, data, rows)).answers())
 
     async def references(self) -> int:
         """How many held-out rows come with a reference caption."""

@@ -132,6 +132,10 @@ class Leases:
         free = [peer for peer in self.peers.values() if peer.available > 0]
         return sorted(free, key=lambda peer: (-peer.available, peer.hello.name))
 
+    def anyone(self, serves: str) -> bool:
+        """True if a living judge answers these questions."""
+        return any(peer.alive and peer.hello.serves == serves for peer in self.peers.values())
+
     def busy_shares(self) -> dict[str, float]:
         """Mean busy share of the living peers, by role (judges by what they serve)."""
         shares: dict[str, list[float]] = {}

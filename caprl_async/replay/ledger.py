@@ -7,7 +7,7 @@
 | admitted | learner's | row_id |
 | generating | engine's at the lease | peer |
 | judging (its captions arrived) | oldest token's | peer, started, finished, tokens |
-| ready (its verdicts arrived) | learner's | rewards |
+| ready (its verdicts arrived) | learner's | rewards, and their terms: accuracy, length, format, cost |
 | cut (into the batch of `version`) | batch's | oldest |
 | trained (the batch of `version` is trained) | batch's | - |
 | evicted | learner's | reason |

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
 
-from caprl_async.config import Config
+from caprl_async.config import Blind, Config
 from caprl_async.data.rows import Row
+from caprl_async.judge.monitors import Missing
 from caprl_async.replay.work import Verdicts
-from caprl_async.reward.reward import reward_parts
+from caprl_async.reward.allocation import Allotted, Spreads, allot, weighed
+from caprl_async.reward.reward import TERMS, counted_weights, reward_parts, term_values, term_weights
 from caprl_async.types import (
     CaptionGroup,
     ImageRef,
     Prompt,
     Purpose,
     Question,
+    RewardParts,
     Sampling,
     ScoredGroup,
     TrainBatch,
+    Verdict,
 )
 
 
@@ -39,10 +43,22 @@ class Life:
 
     prompt: Prompt
     row: Row
-    questions: tuple[Question, ...]
+    asked: Allotted
     failures: int = 0
     not_before: float = 0.0
     group: CaptionGroup | None = None
+
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        return self.asked.questions
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What verdicts make of a group: `scored` is None if fewer than `min_group` captions have a reward."""
+
+    scored: ScoredGroup | None
+    missing: tuple[Missing, ...]  # of all captions, those without a reward too
 
 
 @dataclass(frozen=True)
@@ -54,7 +70,7 @@ class Cut:
     questions: tuple[tuple[Question, ...], ...]  # of each group
 
 
-def new_life(prepared: Prepared, attempt: int, config: Config) -> Life:
+def new_life(prepared: Prepared, attempt: int, config: Config, spreads: Spreads | None) -> Life:
     """The prompt of a row; its questions stay here and never reach a rollout."""
     rollout = config.rollout
     prompt = Prompt(
@@ -69,42 +85,83 @@ def new_life(prepared: Prepared, attempt: int, config: Config) -> Life:
         ),
         purpose=Purpose.TRAIN,
     )
-    questions = draw_questions(
-        prepared.row.questions, config.data.questions_per_image, config.seed, prepared.index
+    asked = allot(
+        weighed(prepared.row.questions, config.reward.absent),
+        config.data.questions_per_image,
+        f"{config.seed}/{prepared.index}",
+        spreads,
     )
-    return Life(prompt, prepared.row, questions)
+    return Life(prompt, prepared.row, asked)
 
 
-def draw_questions(
-    questions: tuple[Question, ...], wanted: int, seed: int, index: int
-) -> tuple[Question, ...]:
-    """`wanted` of a row's questions (0: all) in their order; the same for every attempt of a prompt."""
-    if not wanted or wanted >= len(questions):
-        return questions
-    drawn = random.Random(f"{seed}/{index}").sample(range(len(questions)), wanted)
-    return tuple(questions[position] for position in sorted(drawn))
+def captions_to_judge(life: Life, config: Config) -> tuple[str, ...]:
+    """The captions of a group as the judge gets them; with `reward.blind` an empty one stands before them."""
+    assert life.group is not None, "nothing to judge yet"
+    texts = tuple(caption.text for caption in life.group.captions)
+    return texts if config.reward.blind is Blind.off else ("", *texts)
 
 
-def score_group(life: Life, verdicts: Verdicts, config: Config) -> ScoredGroup | None:
-    """The group's rewards; captions without one have left it. None: fewer than `min_group` are left."""
+def score_group(life: Life, verdicts: Verdicts, config: Config) -> Judgement:
+    """The group's rewards from verdicts on `captions_to_judge`; captions without one have left it."""
     group = life.group
     assert group is not None, "verdicts on a prompt without captions"
-    weights = [question.weight for question in life.questions]
+    blind: tuple[Verdict, ...] = ()
+    if config.reward.blind is not Blind.off:
+        blind, *rest = verdicts
+        verdicts = tuple(rest)
+    weights = counted_weights(life.questions, blind, config.reward)
     parts = [
-        reward_parts(row, weights, tokens=len(caption.token_ids), text=caption.text, config=config.reward)
+        reward_parts(
+            row,
+            life.questions,
+            weights,
+            tokens=len(caption.token_ids),
+            text=caption.text,
+            config=config.reward,
+            scale=life.asked.scale,
+        )
         for caption, row in zip(group.captions, verdicts, strict=True)
     ]
+    missing = tuple(
+        Missing(tokens=len(caption.token_ids), asked=p.asked, scored=p.scored, accuracy=p.accuracy)
+        for caption, p in zip(group.captions, parts, strict=True)
+    )
     kept = [position for position, part in enumerate(parts) if part.total is not None]
     if len(kept) < config.replay.min_group:
-        return None
-    return ScoredGroup(
+        return Judgement(None, missing)
+    scored = ScoredGroup(
         group=msgspec.structs.replace(group, captions=tuple(group.captions[i] for i in kept)),
         verdicts=tuple(verdicts[i] for i in kept),
         rewards=tuple(parts[i] for i in kept),
+        weights=weights,
+        blind=blind,
         index=life.prompt.index,
         row_id=life.row.row_id,
         image=life.prompt.image,
     )
+    return Judgement(scored, missing)
+
+
+def spread(rewards: Sequence[RewardParts], config: Config) -> float:
+    """How far a group's rewards lie apart; where each term has an advantage of its own, the widest term."""
+    if not config.learner.advantage.per_term:
+        totals = [parts.total for parts in rewards if parts.total is not None]
+        return max(totals) - min(totals)
+    columns = zip(*(term_values(parts) for parts in rewards), strict=True)
+    return max(
+        abs(weight) * (max(column) - min(column))
+        for weight, column in zip(term_weights(config.reward), columns, strict=True)
+    )
+
+
+def reward_columns(rewards: Sequence[RewardParts]) -> dict[str, list[float | None]]:
+    """What the ledger keeps of a group's rewards: each term on its own, one number per caption."""
+    columns = {"rewards": [parts.total for parts in rewards]}
+    columns |= {term: [getattr(parts, term) for parts in rewards] for term in TERMS}
+    return {
+        name: [None if value is None else round(value, 4) for value in column]
+        for name, column in columns.items()
+    }
 
 
 def totals(scored: ScoredGroup) -> list[float]:

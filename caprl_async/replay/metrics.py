@@ -27,8 +27,11 @@ def batch_metrics(groups: Sequence[ScoredGroup], version: Version, max_staleness
         "reward_mean": mean(totals),
         "reward_std": pstdev(totals) if totals else 0.0,
         "accuracy_mean": mean(parts.accuracy for parts in rewards if parts.accuracy is not None),
+        "accuracy_fact_mean": mean(parts.fact for parts in rewards if parts.fact is not None),
+        "accuracy_absent_mean": mean(parts.absent for parts in rewards if parts.absent is not None),
         "reward_length_mean": mean(parts.length for parts in rewards),
         "reward_format_mean": mean(parts.format for parts in rewards),
+        "reward_cost_mean": mean(parts.cost for parts in rewards),
         "caption_length_mean": mean(len(caption.token_ids) for caption in captions),
         "truncated_share": mean(caption.finish is Finish.LENGTH for caption in captions),
         "staleness_mean": mean_of_histogram(ages),
@@ -38,6 +41,12 @@ def batch_metrics(groups: Sequence[ScoredGroup], version: Version, max_staleness
         "mixed_version_share": mean(mixed),
         "abstain_share": mean(v.abstained for v in scored_verdicts if v.abstained is not None),
         "off_options_mean": mean(v.off_options for v in scored_verdicts if v.off_options is not None),
+        "blind_score_mean": mean(
+            verdict.score for scored in groups for verdict in scored.blind if verdict.score is not None
+        ),
+        "blind_dropped_share": mean(
+            weight == 0 for scored in groups if scored.blind for weight in scored.weights
+        ),
         "unscorable_verdicts": float(sum(v.outcome is Outcome.UNSCORABLE for v in verdicts)),
     }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from caprl_async.replay.lives import Cut
 from caprl_async.replay.transport import decode_hub
+from caprl_async.reward.reward import TERMS
 from caprl_async.types import BatchReply, Question, ScoredGroup, TrainBatch
 
 
@@ -50,8 +51,7 @@ def sample(step: int, scored: ScoredGroup, questions: tuple[Question, ...]) -> d
             "text": caption.text,
             "tokens": len(caption.token_ids),
             "reward": parts.total,
-            "accuracy": parts.accuracy,
-            "length": parts.length,
+            **{term: getattr(parts, term) for term in TERMS},
             "versions": sorted({str(span.version) for span in caption.spans}),
         }
         for caption, parts in zip(scored.group.captions, scored.rewards, strict=True)

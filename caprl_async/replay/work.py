@@ -56,6 +56,9 @@ class WorkOwner(Protocol):
     def next_judge(self, peer: str, serves: str, now: float) -> JudgeWork | None:
         """Work for a judge that serves these questions."""
 
+    def waiting_judges(self) -> set[str]:
+        """Which judges have work waiting for them, now or after a pause."""
+
     def generated(self, work: GenerateWork, group: CaptionGroup, now: float) -> None:
         """The captions, checked against the prompt."""
 

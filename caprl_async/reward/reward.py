@@ -6,52 +6,102 @@ import math
 import re
 from collections.abc import Sequence
 
-from caprl_async.config import RewardConfig
-from caprl_async.types import Outcome, RewardParts, Verdict
+import msgspec
+
+from caprl_async.config import Blind, RewardConfig
+from caprl_async.types import Outcome, Question, QuestionKind, RewardParts, Verdict
 
 _BRACKET = re.compile(r"\[([^\[\]]*\d\s*:\s*\d[^\[\]]*)\]")
 _STAMP = re.compile(r"\s*(\d{1,3}):(\d{2})\s*(?:-\s*(\d{1,3}):(\d{2})\s*)?")
 
 
+TERMS = ("accuracy", "length", "format", "cost")
+"""Fields of `RewardParts` that are weighted and added to the reward."""
+
+
+def term_weights(config: RewardConfig) -> tuple[float, ...]:
+    """The weight of each of `TERMS`; that of the cost is negative."""
+    return config.accuracy, config.length, config.format, -config.length_cost
+
+
+def term_values(parts: RewardParts) -> tuple[float, ...]:
+    """The value of each of `TERMS` of a caption that has a reward."""
+    return parts.accuracy or 0.0, parts.length, parts.format, parts.cost
+
+
 def reward_parts(
     verdicts: Sequence[Verdict],
+    questions: Sequence[Question],
     weights: Sequence[float],
     *,
     tokens: int,
     text: str,
     config: RewardConfig,
+    scale: float = 1.0,
 ) -> RewardParts:
-    """R = w_acc * accuracy + w_len * R_len + w_fmt * R_format (arXiv 2606.09393; CapRL is w_acc alone).
+    """R = w_acc * accuracy + w_len * R_len + w_fmt * R_format - cost * tokens / 1000.
 
-    accuracy = sum_q w_q d_q s_q / sum_q w_q d_q over the *scored* questions q with d_q draws: one that was
-    not scored leaves the mean and counts as nothing. With fewer than `quorum` of the asked questions
-    scored, `total` is None.
+    CapRL (arXiv 2509.22647) is w_acc alone, CapRL++ (arXiv 2606.09393) has the three terms.
+
+    accuracy = scale * sum_q w_q d_q s_q / sum_q w_q d_q over the *scored* questions q with d_q draws: one
+    that was not scored leaves the mean and counts as nothing. With fewer than `quorum` of the asked
+    questions scored, `total` is None.
 
     Args:
         verdicts: one per question; those that were not asked do not count.
-        weights: of the questions, in the same order.
+        weights: of the questions, in the same order; a question of weight 0 does not count.
         tokens: length of the caption in the policy's tokens.
+        scale: the drawn questions' weight over that of all questions of the image (`allocation.Allotted`).
     """
+    asked = [
+        (verdict, question, weight)
+        for verdict, question, weight in zip(verdicts, questions, weights, strict=True)
+        if verdict.outcome is not Outcome.NOT_ASKED and weight > 0
+    ]
     scored = [
-        (verdict.score, weight * verdict.draws)
-        for verdict, weight in zip(verdicts, weights, strict=True)
+        (verdict.score, weight * verdict.draws, question.kind)
+        for verdict, question, weight in asked
         if verdict.outcome is Outcome.SCORED and verdict.score is not None
     ]
-    asked = sum(verdict.outcome is not Outcome.NOT_ASKED for verdict in verdicts)
-    accuracy = _weighted_mean(scored)
-    length = length_term(tokens, config.length_free, config.length_max)
-    layout = format_term(text) if config.format else 0.0
-    total = None
-    if accuracy is not None and len(scored) >= config.quorum * asked:
-        total = config.accuracy * accuracy + config.length * length + config.format * layout
-    return RewardParts(
-        total=total,
-        accuracy=accuracy,
-        length=length,
-        format=layout,
+    accuracy = _weighted_mean([(score, weight) for score, weight, _ in scored])
+    parts = RewardParts(
+        total=None,
+        accuracy=None if accuracy is None else accuracy * scale,
+        length=length_term(tokens, config.length_free, config.length_max),
+        format=format_term(text) if config.format else 0.0,
+        cost=tokens / 1000,
         scored=len(scored),
-        asked=asked,
+        asked=len(asked),
+        fact=_weighted_mean([(s, w) for s, w, kind in scored if kind is QuestionKind.FACT]),
+        absent=_weighted_mean([(s, w) for s, w, kind in scored if kind is QuestionKind.ABSENT]),
     )
+    if accuracy is None or len(scored) < config.quorum * len(asked):
+        return parts
+    total = math.fsum(w * v for w, v in zip(term_weights(config), term_values(parts), strict=True))
+    return msgspec.structs.replace(parts, total=total)
+
+
+def counted_weights(
+    questions: Sequence[Question], blind: Sequence[Verdict], config: RewardConfig
+) -> tuple[float, ...]:
+    """The weight of each question once its score on an empty caption is known (none is where it is off).
+
+    Only questions about facts lose weight: those about absent things are right without a caption, by design.
+    """
+    if config.blind is Blind.off:
+        return tuple(question.weight for question in questions)
+    return tuple(
+        question.weight * _seeing(question, verdict, config)
+        for question, verdict in zip(questions, blind, strict=True)
+    )
+
+
+def _seeing(question: Question, blind: Verdict, config: RewardConfig) -> float:
+    if question.kind is not QuestionKind.FACT or blind.score is None:
+        return 1.0
+    if config.blind is Blind.drop:
+        return float(blind.score <= config.blind_limit)
+    return 1.0 - blind.score
 
 
 def _weighted_mean(scored: Sequence[tuple[float, float]]) -> float | None:

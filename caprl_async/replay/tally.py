@@ -1,0 +1,106 @@
+"""What has happened since the last batch was cut: the step's metrics, and when to give up filling one."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from caprl_async.config import ReplayConfig
+from caprl_async.judge.monitors import Missing, hacking_metrics, missing_metrics
+from caprl_async.replay.ledger import LedgerError
+from caprl_async.replay.metrics import batch_metrics, mean
+from caprl_async.types import Evicted, Question, Retried, TrainBatch, Version
+
+_KEPT = 2  # batches whose metrics can be asked for
+_MISSING = 4096  # captions over which missing verdicts are related to length and reward
+_REMEDIES = {
+    Evicted.FILTERED: "all captions of a group got equal rewards: can this judge answer in this judge.mode?",
+    Evicted.UNSCORABLE: "the judge could not score them: look at judge.*, reward.* and the questions",
+    Evicted.FAILED: "they failed too often",
+    Evicted.BAD_ROW: "their images cannot be read: look at data.train and data.image_dir",
+}
+
+
+class NothingToTrain(RuntimeError):
+    """Group after group is evicted; no batch will be full."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One batch: what was counted when it was cut, and what more there is to read in it."""
+
+    numbers: dict[str, float]
+    batch: TrainBatch
+    questions: Sequence[Sequence[Question]]  # of each group
+
+    def metrics(self) -> dict[str, float]:
+        """Everything measured; reads every caption, which takes seconds for thousands of long ones."""
+        return {**self.numbers, **hacking_metrics(self.batch.groups, self.questions)}
+
+
+class Tally:
+    """Counts of one epoch."""
+
+    def __init__(self, config: ReplayConfig) -> None:
+        self._config = config
+        self._evicted: Counter[Evicted] = Counter()
+        self._retried: Counter[Retried] = Counter()
+        self._rewards: list[float] = []
+        self._missing: deque[Missing] = deque(maxlen=_MISSING)
+        self._metrics: dict[Version, Measured] = {}
+        self.last_failure = ""
+
+    def judged(self, missing: Iterable[Missing], rewards: Sequence[float]) -> None:
+        """Verdicts on a group have come."""
+        self._missing.extend(missing)
+        self._rewards.extend(rewards)
+
+    def retried(self, reason: Retried) -> None:
+        self._retried[reason] += 1
+
+    def evicted(self, reason: Evicted, ready: int) -> None:
+        """One group more is lost; `ready` groups wait for the batch.
+
+        Raises:
+            NothingToTrain: too many since the last batch (replay.max_evicted_batches).
+        """
+        self._evicted[reason] += 1
+        limit = self._config.max_evicted_batches
+        if sum(self._evicted.values()) <= limit * self._config.batch_groups:
+            return
+        most, _ = self._evicted.most_common(1)[0]
+        found = ", ".join(f"{count} {why.value}" for why, count in self._evicted.items())
+        last = f"; the last failure was: {self.last_failure}" if self._evicted[Evicted.FAILED] else ""
+        raise NothingToTrain(
+            f"since the last batch {found} groups were evicted and {ready} are ready, mean reward "
+            f"{mean(self._rewards):.3f}; {_REMEDIES[most]}{last} "
+            f"(limit: replay.max_evicted_batches={limit:g})"
+        )
+
+    def cut(self, batch: TrainBatch, questions: Sequence[Sequence[Question]]) -> None:
+        """Measures a batch and begins to count afresh; `questions` of each group."""
+        numbers = {
+            **batch_metrics(batch.groups, batch.version, self._config.max_staleness),
+            **missing_metrics(self._missing),
+            "reward_all_mean": mean(self._rewards),
+            "zero_variance_groups": float(self._evicted[Evicted.FILTERED]),
+            "unscorable_groups": float(self._evicted[Evicted.UNSCORABLE]),
+            "failed_groups": float(self._evicted[Evicted.FAILED]),
+            "stale_retries": float(self._retried[Retried.STALE]),
+            "failed_retries": float(self._retried[Retried.FAILED]),
+        }
+        self._metrics[batch.version] = Measured(numbers, batch, questions)
+        self._evicted, self._retried, self._rewards = Counter(), Counter(), []
+        for old in sorted(self._metrics)[:-_KEPT]:
+            del self._metrics[old]
+
+    def measured(self, version: Version) -> Measured:
+        """The batch cut at `version`, and what came between it and the one before.
+
+        Raises:
+            LedgerError: no such batch, or long ago.
+        """
+        if version not in self._metrics:
+            raise LedgerError(f"no batch was cut at version {version}")
+        return self._metrics[version]
