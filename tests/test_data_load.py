@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from replay_kit import png, write_data
 
 from caprl_async.data.load import load_rows
-from caprl_async.data.questions import build_question, split_options, strip_letters
+from caprl_async.data.questions import build_question, from_mapping, split_options, strip_letters
 from caprl_async.data.rows import BadQuestion, DataError
 from caprl_async.types import QuestionKind
 
@@ -45,6 +45,12 @@ def test_letter_forms(choices: list[str], answer: str) -> None:
     assert built.kind is QuestionKind.FACT
 
 
+def test_letters_inside_the_texts_stay() -> None:
+    built = question(["A) B) or not", "B) the letter A", "C) (C) 1999"], "B")
+    assert built.choices == ("B) or not", "the letter A", "(C) 1999")
+    assert built.answer == 1
+
+
 def test_a_name_that_looks_like_a_letter_stays_whole() -> None:
     assert strip_letters(["A. Lincoln", "Washington"])[1] == ["A. Lincoln", "Washington"]
     assert question(["B) two", "A) one"], "A").answer == 1  # letters out of order still mean themselves
@@ -64,6 +70,9 @@ def test_a_name_that_looks_like_a_letter_stays_whole() -> None:
         (["red", "blue"], "A", "  ", "empty_question"),
         ([f"c{i}" for i in range(26)], "A", "q?", "too_many_options"),
         ([ABSTAIN], "A", "q?", "no_choices"),
+        (["red", "\u200b"], "A", "q?", "empty_choice"),  # nothing to be seen
+        (["red", "blue"], "A", "\u2060 \u200b", "empty_question"),
+        (["\uff52\uff45\uff44", "red"], "red", "q?", "duplicate_options"),  # full-width
     ],
 )
 def test_a_bad_question_says_why(choices: Any, answer: Any, stem: str, reason: str) -> None:
@@ -77,6 +86,21 @@ def test_the_abstain_option_is_taken_out() -> None:
     assert (kept.choices, kept.answer, kept.kind) == (("red", "blue"), 1, QuestionKind.FACT)
     absent = question(["A) red", f"B) {ABSTAIN.upper()}", "C) blue"], "B")
     assert (absent.choices, absent.answer, absent.kind) == (("red", "blue"), None, QuestionKind.ABSENT)
+
+
+@pytest.mark.parametrize("answer", [ABSTAIN, f"{ABSTAIN}.", f"C) {ABSTAIN}", f" (C) {ABSTAIN.upper()}"])
+def test_an_abstain_answer_need_not_be_listed(answer: str) -> None:
+    absent = question(["A) red", "B) blue"], answer)
+    assert (absent.choices, absent.answer, absent.kind) == (("red", "blue"), None, QuestionKind.ABSENT)
+
+
+def test_questions_may_carry_weights() -> None:
+    entry = {"question": "q?", "choices": ["red", "blue"], "answer": "A"}
+    assert from_mapping("q", entry, ABSTAIN).weight == 1.0
+    assert from_mapping("q", {**entry, "weight": 3}, ABSTAIN).weight == 3.0
+    for weight in (0, -1, "2", True, float("nan"), float("inf")):
+        with pytest.raises(BadQuestion, match="bad_weight"):
+            from_mapping("q", {**entry, "weight": weight}, ABSTAIN)
 
 
 @given(st.lists(st.text("abcdef", min_size=1), min_size=1, max_size=25, unique=True), st.data())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 import string
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,41 +23,55 @@ _ANSWER_LETTER = re.compile(r"\s*\(?([A-Z])[).]?\s*")
 _LETTERS = string.ascii_uppercase
 
 
-def build_question(question_id: str, stem: Any, choices: Any, answer: Any, abstain: str) -> Question:
+def build_question(
+    question_id: str, stem: Any, choices: Any, answer: Any, abstain: str, weight: Any = None
+) -> Question:
     """A checked question. `choices` may carry letters ("A)", "A.", "(A)"); `answer`: a letter or a text.
 
-    A choice that says what `abstain` says is taken out; if it was the answer, the question asks for what is
-    not there (kind ABSENT, answer None).
+    A choice that says what `abstain` says is taken out. If the answer says it, listed or not, the question
+    asks for what is not there (kind ABSENT, answer None). `weight`: a number above 0, or None for 1.
 
     Raises:
         BadQuestion: it cannot be asked.
     """
-    if not isinstance(stem, str) or not stem.strip():
+    if not isinstance(stem, str) or not _visible(stem):
         raise BadQuestion("empty_question")
     if not isinstance(choices, Sequence) or isinstance(choices, str) or not choices:
         raise BadQuestion("no_choices")
     if not all(isinstance(choice, str) for choice in choices):
         raise BadQuestion("malformed_choice", repr(choices)[:200])
     letters, texts = strip_letters(choices)
-    if not all(texts):
+    if not all(map(_visible, texts)):
         raise BadQuestion("empty_choice", repr(choices)[:200])
     same = [_same(text) for text in texts]
     if len(set(same)) < len(same):
         raise BadQuestion("duplicate_options", repr(texts)[:200])
-    gold = _gold(answer, letters, same)
     absent = [text == _same(abstain) for text in same]
+    said = _LABEL.sub("", answer, count=1) if isinstance(answer, str) else ""
+    unlisted = not any(absent) and _same(said) == _same(abstain)
+    gold = None if unlisted else _gold(answer, letters, same)
     kept = tuple(text for text, away in zip(texts, absent, strict=True) if not away)
     if not kept:
         raise BadQuestion("no_choices", "only the abstain option")
     if len(kept) > MAX_CHOICES:
         raise BadQuestion("too_many_options", f"{len(kept)} > {MAX_CHOICES}")
+    nothing = gold is None or absent[gold]
     return Question(
         question_id=question_id,
         stem=stem.strip(),
         choices=kept,
-        answer=None if absent[gold] else gold - sum(absent[:gold]),
-        kind=QuestionKind.ABSENT if absent[gold] else QuestionKind.FACT,
+        answer=None if gold is None or nothing else gold - sum(absent[:gold]),
+        kind=QuestionKind.ABSENT if nothing else QuestionKind.FACT,
+        weight=_weight(weight),
     )
+
+
+def _weight(value: Any) -> float:
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise BadQuestion("bad_weight", f"weight {value!r} must be a number above 0")
+    return float(value)
 
 
 def strip_letters(choices: Sequence[str]) -> tuple[str, list[str]]:
@@ -107,7 +123,7 @@ def collect(
 
 
 def from_mapping(question_id: str, entry: Any, abstain: str) -> Question:
-    """An entry of CapRL-QA and verl files: {question, choices, answer}.
+    """An entry of CapRL-QA and verl files: {question, choices, answer} and, if wanted, weight.
 
     Raises:
         BadQuestion: it cannot be asked.
@@ -117,7 +133,8 @@ def from_mapping(question_id: str, entry: Any, abstain: str) -> Question:
     missing = [name for name in ("question", "choices", "answer") if entry.get(name) is None]
     if missing:
         raise BadQuestion("malformed_question", f"without {', '.join(missing)}")
-    return build_question(question_id, entry["question"], entry["choices"], entry["answer"], abstain)
+    asked = (entry["question"], entry["choices"], entry["answer"])
+    return build_question(question_id, *asked, abstain, entry.get("weight"))
 
 
 def from_pair(question_id: str, entry: Any, abstain: str) -> Question:
@@ -153,9 +170,15 @@ def _python_literal(text: str) -> Any:
         raise BadRow("malformed_answers", f"neither JSON nor a literal: {error}") from error
 
 
+def _visible(text: str) -> str:
+    """The text without characters that show nothing (zero-width spaces, direction marks)."""
+    return "".join(c for c in text if unicodedata.category(c) != "Cf").strip()
+
+
 def _same(text: str) -> str:
     """Equal for texts that a reader takes for the same option."""
-    return " ".join(text.split()).casefold().rstrip(".") or text
+    plain = unicodedata.normalize("NFKC", _visible(text))
+    return " ".join(plain.split()).casefold().rstrip(".") or text
 
 
 def _gold(answer: Any, letters: str, same: list[str]) -> int:
