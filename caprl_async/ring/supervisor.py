@@ -341,8 +341,12 @@ class Supervisor:
         status = self.status()
         alive = {name: peer["alive"] for name, peer in status["peers"].items()}
         errors = "; ".join(f"{e['source']}: {e['error']}" for e in status["errors"][-3:]) or "none"
+        down = "".join(
+            f"; nothing more is captioned, because no {serves} answers ({reason})"
+            for serves, reason in status["judges_down"].items()
+        )
         self._say(
-            f"step {self.version.step + 1} has taken {seconds:.0f} s so far; queue {status['queue']}, "
+            f"step {self.version.step + 1} has taken {seconds:.0f} s so far{down}; queue {status['queue']}, "
             f"alive {alive}, last errors: {errors}"
         )
 
