@@ -352,10 +352,10 @@ def _endpoint(config: Config) -> Iterator[str]:
         return
     if not endpoint.url.startswith(("http://", "https://")):
         yield f"judge.endpoint.url={endpoint.url} must begin with http:// or https://"
-    if judge.mode not in (JudgeMode.expected, JudgeMode.sample):
+    if judge.mode is JudgeMode.likelihood:
         yield (
-            f"judge.mode={judge.mode.name} with judge.endpoint.url={endpoint.url}: an endpoint can be asked "
-            "for letters only; use judge.mode=expected or sample"
+            f"judge.mode=likelihood with judge.endpoint.url={endpoint.url}: a chat API scores no given "
+            "texts; use judge.mode=expected, sample or text"
         )
     if judge.mode is JudgeMode.expected and judge.temperature > 1:
         yield (

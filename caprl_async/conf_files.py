@@ -50,10 +50,13 @@ def _files(config: Config) -> Iterator[str]:
 
 def _models(config: Config) -> Iterator[str]:
     for key, needed in INPUT_MODELS.items():
+        if key == "judge.model" and config.judge.endpoint.url:
+            continue  # the judge is served elsewhere
         path = value_of(config, key)
         if not path:
             if needed:
-                yield f"{key} is empty: the run needs the folder of a checkpoint"
+                served = " (or judge.endpoint.url)" if key == "judge.model" else ""
+                yield f"{key} is empty: the run needs the folder of a checkpoint{served}"
             continue
         problem = _model_problem(key, Path(path), config)
         if problem:

@@ -103,8 +103,8 @@ def _terms(config: Config) -> Iterator[str]:
         return
     if learner.advantage.kind is not AdvantageKind.mean_std:
         yield (
-            f"learner.advantage.per_term=true with learner.advantage.kind={learner.advantage.kind.name}: only "
-            "mean_std brings the terms to one scale; without it their sum is the same"
+            f"learner.advantage.per_term=true with learner.advantage.kind={learner.advantage.kind.name}: "
+            "only mean_std brings the terms to one scale; without it their sum is the same"
         )
     if learner.kl.coef and learner.kl.place is KLPlace.reward:
         yield (

@@ -325,7 +325,7 @@ def test_paths_are_found_from_any_folder(
 _OVERRIDES = st.fixed_dictionaries(
     {},
     optional={
-        "seed": st.integers(0, 2**31),
+        "seed": st.integers(0, 2**31 - 1),
         "learner.lr": st.floats(1e-12, 1.0),
         "learner.correction.importance.high": st.floats(1.0, 100.0),
         "judge.mode": st.sampled_from([mode.name for mode in JudgeMode]),

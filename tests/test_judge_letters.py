@@ -1,4 +1,4 @@
-"""A letter is read only where an answer really begins with one, an option only where it is all that is said."""
+"""A letter is read only where an answer begins with one, an option only where it is all that is said."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from caprl_async.config import Config, JudgeConfig
+from caprl_async.config import Config, EndpointConfig, JudgeConfig
 from caprl_async.engine.types import EngineDied
 from caprl_async.judge.judge import Judge
 from caprl_async.types import Hello, Judged, JudgeLease, Role
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 def judge_config(config: Config, serves: str) -> JudgeConfig:
     """The judge that answers `serves` questions; the held-out judge differs in its model only.
 
+    The held-out model is held by an engine of ours, also where the other judge is an endpoint.
+
     Raises:
         ValueError: there is no such judge.
     """
@@ -38,7 +40,9 @@ def judge_config(config: Config, serves: str) -> JudgeConfig:
         raise ValueError(f"a judge serves one of {SERVES}, not {serves!r}")
     if serves == "judge":
         return config.judge
-    return dataclasses.replace(config.judge, model=config.evaluate.heldout_judge.model)
+    return dataclasses.replace(
+        config.judge, model=config.evaluate.heldout_judge.model, endpoint=EndpointConfig()
+    )
 
 
 class JudgeActor:
@@ -48,6 +52,7 @@ class JudgeActor:
         self.name = name
         self.serves = serves
         self._config = judge_config(config, serves)
+        self._model = self._config.endpoint.url or self._config.model
         self._seed = config.seed
         self._hub = hub
         self._judge: Judge | None = None
@@ -58,7 +63,7 @@ class JudgeActor:
         return self.name
 
     async def start(self) -> dict[str, Any]:
-        """Loads the model and begins to take leases; asking twice is harmless.
+        """Loads the model (or finds its endpoint) and begins to take leases; asking twice is harmless.
 
         Raises:
             FileNotFoundError, PromptError, JudgeConfigError, EngineDied: see `Judge.load`.
@@ -66,9 +71,17 @@ class JudgeActor:
         if self._judge is None:
             begun = time.monotonic()
             self._judge = await asyncio.to_thread(Judge.load, self._config, self._seed)
-            log.info("%s: %s ready in %.1f s", self.name, self._config.model, time.monotonic() - begun)
+            log.info("%s: %s ready in %.1f s", self.name, self._model, time.monotonic() - begun)
+            if self._judge.note:
+                log.warning("%s: %s", self.name, self._judge.note)
             self._tasks = [asyncio.create_task(self._serve()), asyncio.create_task(self._watch())]
-        return {"name": self.name, "serves": self.serves, "model": self._config.model}
+        return {
+            "name": self.name,
+            "serves": self.serves,
+            "model": self._model,
+            "mode": self._judge.mode.value,
+            "note": self._judge.note,
+        }
 
     async def health(self) -> dict[str, Any]:
         """Load and counters since start."""

@@ -1,4 +1,4 @@
-"""What a judge needs of whoever answers: plans questions, asks them all at once, and turns answers into verdicts.
+"""What a judge needs of whoever answers: plans questions, asks them all at once, turns answers into verdicts.
 
 `EngineAsker` asks an engine of ours; `endpoint.EndpointAsker` asks a served model over HTTP.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from caprl_async.config import JudgeConfig
+from caprl_async.config import JudgeConfig, JudgeMode
 from caprl_async.engine.types import EngineDied, Request, RequestFailed, Response
 from caprl_async.judge.cache import judge_revision
 from caprl_async.judge.modes import Asking, Planned, make_mode, unscorable
@@ -24,6 +24,10 @@ class Asker(Protocol):
 
     revision: bytes
     """Digest of everything but caption and question that a verdict depends on."""
+    mode: JudgeMode
+    """The way of scoring that is really used."""
+    note: str
+    """What the user should know of it; empty: nothing."""
 
     @property
     def died(self) -> EngineDied | None:
@@ -68,6 +72,8 @@ class EngineAsker:
         """
         self.engine = engine
         self.revision = judge_revision(config)
+        self.mode = config.mode
+        self.note = ""
         self._config = config
         self._mode = make_mode(
             JudgePrompter(tokenizer or load_tokenizer(config.model), config.prompt), config

@@ -1,16 +1,18 @@
 """A judge: captions and questions in, verdicts out. Usable alone:
 
-judge = Judge.load(JudgeConfig(model="my/judge"))
-verdicts = asyncio.run(judge.judge(["A red circle."], questions))  # [caption][question]
-judge.close()
+questions = [Question(question_id="1", stem="What colour is the circle?", choices=("red", "blue"), answer=0)]
+with Judge.load(JudgeConfig(model="my/judge")) as judge:
+    rows = judge.ask(["A red circle.", "A circle."], questions)  # verdicts [caption][question]
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from caprl_async.config import JudgeConfig
+from caprl_async.config import JudgeConfig, JudgeMode
 from caprl_async.engine.types import EngineDied
 from caprl_async.judge.asker import Answerer, Asker, EngineAsker
 from caprl_async.judge.cache import VerdictCache, verdict_key
@@ -35,12 +37,27 @@ class Judge:
 
     @classmethod
     def load(cls, config: JudgeConfig, seed: int = 0) -> Judge:
-        """Starts an engine for `config.model`; takes seconds to minutes.
+        """Starts an engine for `config.model`, which takes seconds to minutes, or finds `config.endpoint`.
 
         Raises:
-            FileNotFoundError, PromptError, JudgeConfigError, EngineDied: see `EngineAsker.load`.
+            FileNotFoundError, PromptError, JudgeConfigError, EngineDied: see `EngineAsker.load` and
+                `EndpointAsker.load`.
         """
+        if config.endpoint.url:
+            from caprl_async.judge.endpoint import EndpointAsker  # imports openai, which an engine needs not
+
+            return cls(EndpointAsker.load(config), config.cache_size)
         return cls(EngineAsker.load(config, seed), config.cache_size)
+
+    @property
+    def mode(self) -> JudgeMode:
+        """The way of scoring that is really used."""
+        return self._asker.mode
+
+    @property
+    def note(self) -> str:
+        """What the user should know of the way of scoring; empty: nothing."""
+        return self._asker.note
 
     @property
     def died(self) -> EngineDied | None:
@@ -50,6 +67,12 @@ class Judge:
     def stats(self) -> EngineStats:
         """Counters since the start."""
         return self._asker.stats()
+
+    def ask(
+        self, captions: Sequence[str], questions: Sequence[Question], rotation: int = 0
+    ) -> tuple[tuple[Verdict, ...], ...]:
+        """`judge` for callers without an event loop."""
+        return asyncio.run(self.judge(captions, questions, rotation))
 
     async def judge(
         self, captions: Sequence[str], questions: Sequence[Question], rotation: int = 0
@@ -82,5 +105,13 @@ class Judge:
         )
 
     def close(self) -> None:
-        """Ends the engine."""
+        """Ends the engine, or the connection to the endpoint."""
         self._asker.close()
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

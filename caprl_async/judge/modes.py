@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -57,18 +57,14 @@ class Mode(ABC):
     """One way to score. `plan` once per group; `requests` and `verdict` for each caption."""
 
     def __init__(self, prompter: JudgePrompter, config: JudgeConfig) -> None:
+        check_numbers(config)
         self.prompter = prompter
         self.config = config
 
     def plan(self, questions: Sequence[Question], rotation: int) -> tuple[Planned, ...]:
         """What is asked of every caption, in the order of `questions`; bad questions become verdicts here."""
         faults = [self._fault(question) for question in questions]
-        good = [question for question, fault in zip(questions, faults, strict=True) if fault is None]
-        asked = iter(self._arrange(good, rotation))
-        return tuple(
-            next(asked) if fault is None else unscorable(question, fault)
-            for question, fault in zip(questions, faults, strict=True)
-        )
+        return plan_sound(questions, faults, lambda sound: self._arrange(sound, rotation))
 
     @abstractmethod
     def requests(self, asking: Asking, caption: str) -> list[Request]:
@@ -82,25 +78,18 @@ class Mode(ABC):
     def _arrange(self, questions: Sequence[Question], rotation: int) -> list[Planned]: ...
 
     def _options(self, question: Question) -> tuple[str, ...]:
-        return (*question.choices, self.config.prompt.abstain)
+        return all_options(question, self.config)
 
     def _fault(self, question: Question) -> str | None:
         """Why no score of this question would mean anything."""
         options = self._options(question)
-        if not question.choices:
-            return "no choices"
-        if question.answer is not None and not 0 <= question.answer < len(question.choices):
-            return f"the answer {question.answer} is none of the {len(question.choices)} choices"
-        texts = [" ".join(option.split()) for option in options]
-        if not all(texts):
-            return "an option is empty"
-        if twice := _first_double(texts):
-            return f"two options read {twice[0]!r}"
+        if fault := text_fault(question, options):
+            return fault
         tokens = [self.prompter.option_ids(option) for option in options]
         if not all(tokens):
             return "an option has no tokens in the judge's vocabulary"
         if twice := _first_double(tokens):
-            same = [text for text, ids in zip(texts, tokens, strict=True) if ids == twice[0]]
+            same = [_one_line(text) for text, ids in zip(options, tokens, strict=True) if ids == twice[0]]
             return f"the judge's vocabulary cannot tell {' from '.join(map(repr, same))}"
         return None
 
@@ -113,9 +102,7 @@ class _LetterMode(Mode):
         self._letters = prompter.letter_ids(len(LETTERS))
 
     def _fault(self, question: Question) -> str | None:
-        if len(question.choices) + 1 > len(LETTERS):
-            return f"{len(question.choices) + 1} options are more than there are letters"
-        return super()._fault(question)
+        return letters_fault(self._options(question)) or super()._fault(question)
 
     def _prompt(self, asking: Asking, order: Order, caption: str) -> tuple[int, ...]:
         shown = [asking.options[index] for index in order]
@@ -125,15 +112,8 @@ class _LetterMode(Mode):
 class Expected(_LetterMode):
     """The exact mean of `Sample`: one prefill per order, the letters' probabilities instead of draws."""
 
-    def __init__(self, prompter: JudgePrompter, config: JudgeConfig) -> None:
-        super().__init__(prompter, config)
-        _check_temperature(config)
-        if config.permutations < 1:
-            raise JudgeConfigError(f"judge.permutations must be at least 1, not {config.permutations}")
-
     def _arrange(self, questions: Sequence[Question], rotation: int) -> list[Planned]:
-        orders = balanced_orders(questions, rotation, self.config.permutations)
-        return [Asking(q, self._options(q), o) for q, o in zip(questions, orders, strict=True)]
+        return ordered_askings(questions, rotation, self.config)
 
     def requests(self, asking: Asking, caption: str) -> list[Request]:
         letters = self._letters[: len(asking.options)]
@@ -149,29 +129,14 @@ class Expected(_LetterMode):
             chosen = response.completions[0].chosen_logprobs
             for letter, option in zip(self._letters, order, strict=False):
                 mass[option] += math.exp(chosen[letter]) / len(asking.orders)
-        return _scored(asking, mass, off=1.0 - math.fsum(mass))
+        return scored(asking, mass, off=1.0 - math.fsum(mass))
 
 
 class Sample(_LetterMode):
     """The paper's reward: questions drawn with replacement, options shuffled, an answer written and read."""
 
-    def __init__(self, prompter: JudgePrompter, config: JudgeConfig) -> None:
-        super().__init__(prompter, config)
-        if config.draws < 1:
-            raise JudgeConfigError(f"judge.draws must be at least 1, not {config.draws}")
-
     def _arrange(self, questions: Sequence[Question], rotation: int) -> list[Planned]:
-        draws = random_draws(questions, rotation, self.config.draws)
-        planned: list[Planned] = []
-        for index, question in enumerate(questions):
-            mine = [draw for draw in draws if draw.question == index]
-            orders, seeds = tuple(draw.order for draw in mine), tuple(draw.seed for draw in mine)
-            planned.append(
-                Asking(question, self._options(question), orders, seeds)
-                if mine
-                else Verdict(question_id=question.question_id, outcome=Outcome.NOT_ASKED, draws=0)
-            )
-        return planned
+        return drawn_askings(questions, rotation, self.config)
 
     def requests(self, asking: Asking, caption: str) -> list[Request]:
         return [
@@ -185,14 +150,8 @@ class Sample(_LetterMode):
         ]
 
     def verdict(self, asking: Asking, responses: Sequence[Response]) -> Verdict:
-        draws = len(asking.orders)
-        counts: Counter[int | None] = Counter()
-        for order, response in zip(asking.orders, responses, strict=True):
-            written = self.prompter.decode(response.completions[0].token_ids)
-            letter = read_letter(written, len(order))
-            counts[None if letter is None else order[letter]] += 1
-        share = [counts[option] / draws for option in range(len(asking.options))]
-        return _scored(asking, share, off=counts[None] / draws, draws=draws)
+        written = [self.prompter.decode(response.completions[0].token_ids) for response in responses]
+        return sample_verdict(asking, written)
 
 
 class Likelihood(Mode):
@@ -202,10 +161,6 @@ class Likelihood(Mode):
     is softmax(s / T) over the options. Each distinct proper prefix of an option is one prefill, shared by the
     options that begin with it. `off_options` is the first token's mass on no option.
     """
-
-    def __init__(self, prompter: JudgePrompter, config: JudgeConfig) -> None:
-        super().__init__(prompter, config)
-        _check_temperature(config)
 
     def _arrange(self, questions: Sequence[Question], rotation: int) -> list[Planned]:
         return [Asking(question, self._options(question)) for question in questions]
@@ -234,7 +189,7 @@ class Likelihood(Mode):
             ids = self.prompter.option_ids(option)
             scores.append(math.fsum(logprobs[ids[:i]][token] for i, token in enumerate(ids)) / len(ids))
         off = 1.0 - math.fsum(math.exp(value) for value in logprobs[()].values())
-        return _scored(asking, _softmax([score / self.config.temperature for score in scores]), off=off)
+        return scored(asking, _softmax([score / self.config.temperature for score in scores]), off=off)
 
     def _branches(self, asking: Asking) -> dict[tuple[int, ...], list[int]]:
         """Each proper prefix of the options' tokens -> the tokens that may follow, in a fixed order."""
@@ -249,17 +204,14 @@ class Likelihood(Mode):
 
 
 class Text(Mode):
-    """For evaluation: an answer in the judge's own words, options not shown, right if it says the gold option.
+    """For evaluation: an answer in the judge's own words, options not shown; right if it says the gold one.
 
     Greedy unless `judge.temperature` is above 0. `choice` is the option that the answer says (see
     `letters.read_option`), else the answer as it was written, which counts as off the options.
     """
 
     def _arrange(self, questions: Sequence[Question], rotation: int) -> list[Planned]:
-        return [
-            Asking(question, self._options(question), seeds=(seed_of("text", rotation, question.question_id),))
-            for question in questions
-        ]
+        return text_askings(questions, rotation, self.config)
 
     def requests(self, asking: Asking, caption: str) -> list[Request]:
         prompt = (*self.prompter.head(caption), *self.prompter.tail(asking.question.stem, None))
@@ -294,6 +246,102 @@ def make_mode(prompter: JudgePrompter, config: JudgeConfig) -> Mode:
     return _MODES[config.mode](prompter, config)
 
 
+def check_numbers(config: JudgeConfig) -> None:
+    """Passes numbers that fit the mode.
+
+    Raises:
+        JudgeConfigError: `judge.permutations`, `judge.draws` or `judge.temperature` is out of range for it.
+    """
+    if config.mode is JudgeMode.expected and config.permutations < 1:
+        raise JudgeConfigError(f"judge.permutations must be at least 1, not {config.permutations}")
+    if config.mode is JudgeMode.sample and config.draws < 1:
+        raise JudgeConfigError(f"judge.draws must be at least 1, not {config.draws}")
+    divides = config.mode in (JudgeMode.expected, JudgeMode.likelihood)
+    if divides and config.temperature < LOWEST_TEMPERATURE:
+        raise JudgeConfigError(
+            f"judge.temperature must be at least {LOWEST_TEMPERATURE} in {config.mode.value} mode, "
+            f"not {config.temperature}; the greedy judge exists in sample and text mode only"
+        )
+
+
+def all_options(question: Question, config: JudgeConfig) -> tuple[str, ...]:
+    """The choices, then the abstain option."""
+    return (*question.choices, config.prompt.abstain)
+
+
+def text_fault(question: Question, options: Sequence[str]) -> str | None:
+    """Why no score of a question with these option texts would mean anything; None if it would."""
+    if not question.choices:
+        return "no choices"
+    if question.answer is not None and not 0 <= question.answer < len(question.choices):
+        return f"the answer {question.answer} is none of the {len(question.choices)} choices"
+    texts = [_one_line(option) for option in options]
+    if not all(texts):
+        return "an option is empty"
+    if twice := _first_double(texts):
+        return f"two options read {twice[0]!r}"
+    return None
+
+
+def letters_fault(options: Sequence[str]) -> str | None:
+    """Why the options cannot have letters; None if they can."""
+    return f"{len(options)} options are more than there are letters" if len(options) > len(LETTERS) else None
+
+
+def plan_sound(
+    questions: Sequence[Question],
+    faults: Sequence[str | None],
+    arrange: Callable[[Sequence[Question]], Sequence[Planned]],
+) -> tuple[Planned, ...]:
+    """`arrange` of the questions without a fault; the others are unscorable in their places."""
+    sound = [question for question, fault in zip(questions, faults, strict=True) if fault is None]
+    asked = iter(arrange(sound))
+    return tuple(
+        next(asked) if fault is None else unscorable(question, fault)
+        for question, fault in zip(questions, faults, strict=True)
+    )
+
+
+def ordered_askings(questions: Sequence[Question], rotation: int, config: JudgeConfig) -> list[Planned]:
+    """Each question in `judge.permutations` orders (mode `expected`)."""
+    orders = balanced_orders(questions, rotation, config.permutations)
+    return [Asking(q, all_options(q, config), o) for q, o in zip(questions, orders, strict=True)]
+
+
+def text_askings(questions: Sequence[Question], rotation: int, config: JudgeConfig) -> list[Planned]:
+    """Each question once, with a seed for its answer (mode `text`)."""
+    return [
+        Asking(q, all_options(q, config), seeds=(seed_of("text", rotation, q.question_id),))
+        for q in questions
+    ]
+
+
+def drawn_askings(questions: Sequence[Question], rotation: int, config: JudgeConfig) -> list[Planned]:
+    """`judge.draws` draws spread over the questions (mode `sample`); those not drawn are not asked."""
+    draws = random_draws(questions, rotation, config.draws)
+    planned: list[Planned] = []
+    for index, question in enumerate(questions):
+        mine = [draw for draw in draws if draw.question == index]
+        orders, seeds = tuple(draw.order for draw in mine), tuple(draw.seed for draw in mine)
+        planned.append(
+            Asking(question, all_options(question, config), orders, seeds)
+            if mine
+            else Verdict(question_id=question.question_id, outcome=Outcome.NOT_ASKED, draws=0)
+        )
+    return planned
+
+
+def sample_verdict(asking: Asking, written: Sequence[str]) -> Verdict:
+    """What the answers of all draws, in the order of `asking.orders`, amount to: shares of the draws."""
+    draws = len(asking.orders)
+    counts: Counter[int | None] = Counter()
+    for order, text in zip(asking.orders, written, strict=True):
+        letter = read_letter(text, len(order))
+        counts[None if letter is None else order[letter]] += 1
+    share = [counts[option] / draws for option in range(len(asking.options))]
+    return scored(asking, share, off=counts[None] / draws, draws=draws)
+
+
 def unscorable(question: Question, reason: str) -> Verdict:
     """The question leaves the mean, and says why."""
     return Verdict(question_id=question.question_id, outcome=Outcome.UNSCORABLE, reason=reason)
@@ -312,7 +360,8 @@ def text_verdict(asking: Asking, written: str) -> Verdict:
     )
 
 
-def _scored(asking: Asking, mass: Sequence[float], off: float, draws: int = 1) -> Verdict:
+def scored(asking: Asking, mass: Sequence[float], off: float, draws: int = 1) -> Verdict:
+    """The verdict of `mass` on each option and `off` on none; unscorable if a mass is no number."""
     if not all(map(math.isfinite, mass)):
         return unscorable(
             asking.question, "the judge's probabilities are no numbers (overflow in its dtype?)"
@@ -335,13 +384,9 @@ def _softmax(values: Sequence[float]) -> list[float]:
     return [weight / math.fsum(weights) for weight in weights]
 
 
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
 def _first_double(values: Sequence[object]) -> list[object]:
     return [value for value, count in Counter(values).items() if count > 1][:1]
-
-
-def _check_temperature(config: JudgeConfig) -> None:
-    if config.temperature < LOWEST_TEMPERATURE:
-        raise JudgeConfigError(
-            f"judge.temperature must be at least {LOWEST_TEMPERATURE} in {config.mode.value} mode, "
-            f"not {config.temperature}; the greedy judge exists in sample mode only"
-        )

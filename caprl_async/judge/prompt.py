@@ -13,9 +13,12 @@ from typing import Any
 from caprl_async.config import JudgePromptConfig
 
 LETTERS = string.ascii_uppercase
+ALWAYS = {"caption": ("caption",), "question": ("question",)}
+"""The placeholders of each template of `judge.prompt` in every mode."""
+WITH_LETTERS = {"question": ("options",), "option": ("letter", "text")}
+"""The further ones where options are shown with letters."""
+
 _SENTINEL = "CAPRLCONTENT"  # stands for the user's message while the chat template is taken apart
-_ALWAYS = {"caption": ("caption",), "question": ("question",)}
-_WITH_LETTERS = {"question": ("options",), "option": ("letter", "text")}
 
 
 class PromptError(ValueError):
@@ -51,7 +54,7 @@ class JudgePrompter:
         Raises:
             PromptError: no usable chat template, or a placeholder is missing in `config`.
         """
-        _check_placeholders(config, _ALWAYS)
+        check_placeholders(config, ALWAYS)
         self._tokenizer = tokenizer
         self._config = config
         self._space = " " if config.answer_space else ""
@@ -64,7 +67,6 @@ class JudgePrompter:
         self._opening = self._scaffold_ids(opening)
         self._prefill = self.plain_ids(config.prefill)
         self._closing = (*self._scaffold_ids(closing), *self._prefill)
-        self._marks = _block_marks(config.caption)
         self._head = functools.lru_cache(4096)(self._encode_head)
         self._tail = functools.lru_cache(65536)(self._encode_tail)
         self._option = functools.lru_cache(65536)(self._encode_option)
@@ -88,7 +90,7 @@ class JudgePrompter:
             PromptError: more than 26, a letter is not one token that no other letter has, or the templates
                 do not show options with letters.
         """
-        _check_placeholders(self._config, _WITH_LETTERS)
+        check_placeholders(self._config, WITH_LETTERS)
         if n > len(LETTERS):
             raise PromptError(f"{n} options, but only {len(LETTERS)} letters")
         ids = [self._letter_id(letter) for letter in LETTERS[:n]]
@@ -141,20 +143,10 @@ class JudgePrompter:
         return tuple(self._encode(text, plain=False)) if text else ()
 
     def _encode_head(self, caption: str) -> tuple[int, ...]:
-        block = _fill(self._config.caption, caption=_without_marks(caption.strip(), self._marks))
-        instruction = self._config.instruction.strip()
-        text = f"{instruction}\n{block}\n" if instruction else f"{block}\n"
-        return (*self._opening, *self.plain_ids(text))
+        return (*self._opening, *self.plain_ids(head_text(caption, self._config)))
 
     def _encode_tail(self, stem: str, options: tuple[str, ...] | None) -> tuple[int, ...]:
-        lines = ""
-        if options is not None:
-            if len(options) > len(LETTERS):
-                raise PromptError(f"{len(options)} options, but only {len(LETTERS)} letters")
-            pairs = zip(LETTERS, options, strict=False)
-            lines = "".join(_fill(self._config.option, letter=a, text=_one_line(text)) for a, text in pairs)
-        text = _fill(self._config.question, question=_one_line(stem), options=lines).rstrip()
-        return (*self.plain_ids(text), *self._closing)
+        return (*self.plain_ids(tail_text(stem, options, self._config)), *self._closing)
 
     def _encode_option(self, text: str) -> tuple[int, ...]:
         return tuple(self.plain_ids(self._space + _one_line(text)))
@@ -169,7 +161,34 @@ class JudgePrompter:
         return ids[0]
 
 
-def _check_placeholders(config: JudgePromptConfig, placeholders: Mapping[str, tuple[str, ...]]) -> None:
+def head_text(caption: str, config: JudgePromptConfig) -> str:
+    """The user message up to the end of the caption block: instruction and caption."""
+    block = _fill(config.caption, caption=_without_marks(caption.strip(), _block_marks(config.caption)))
+    instruction = config.instruction.strip()
+    return f"{instruction}\n{block}\n" if instruction else f"{block}\n"
+
+
+def tail_text(stem: str, options: Sequence[str] | None, config: JudgePromptConfig) -> str:
+    """The rest of the user message: question and option lines, lettered in the order given; None shows none.
+
+    Raises:
+        PromptError: more options than letters.
+    """
+    lines = ""
+    if options is not None:
+        if len(options) > len(LETTERS):
+            raise PromptError(f"{len(options)} options, but only {len(LETTERS)} letters")
+        pairs = zip(LETTERS, options, strict=False)
+        lines = "".join(_fill(config.option, letter=a, text=_one_line(text)) for a, text in pairs)
+    return _fill(config.question, question=_one_line(stem), options=lines).rstrip()
+
+
+def check_placeholders(config: JudgePromptConfig, placeholders: Mapping[str, tuple[str, ...]]) -> None:
+    """Passes templates that hold each of their placeholders once.
+
+    Raises:
+        PromptError: names the template.
+    """
     for name, needed in placeholders.items():
         template = getattr(config, name)
         for placeholder in needed:

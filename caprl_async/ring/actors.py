@@ -68,7 +68,7 @@ def roster(config: Config, *, first_bundle: int = 0) -> Roster:
     return Roster(
         hub=group([HUB], 0.0, restarts=False)[0],
         rollouts=group(names, ring.gpus_per_rollout),
-        judges=group(judges, ring.gpus_per_judge),
+        judges=group(judges, 0.0 if config.judge.endpoint.url else ring.gpus_per_judge),
         heldout_judges=group(heldout, ring.gpus_per_judge),
         # Threads, not asyncio: a rank sends a snapshot while it trains on the next batch.
         learners=group(ranks, ring.gpus_per_learner, restarts=False, concurrency=4),

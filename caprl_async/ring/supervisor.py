@@ -124,8 +124,9 @@ class Supervisor:
         }
         deadline = time.monotonic() + self.config.ring.start_timeout_s
         for name, ref in {**setups, **self._started}.items():
-            self._get_all([ref], name, lambda _, name=name: self._check_start(name, deadline))
-            self._say(f"{name} is ready")
+            (ready,) = self._get_all([ref], name, lambda _, name=name: self._check_start(name, deadline))
+            note = ready.get("note", "") if isinstance(ready, dict) else ""
+            self._say(f"{name} is ready" + (f"; {note}" if note else ""))
         return str(host)
 
     def _check_start(self, name: str, deadline: float) -> None:
