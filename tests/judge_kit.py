@@ -12,6 +12,7 @@ import torch
 from caprl_async.config import JudgeConfig, JudgeMode, JudgePromptConfig
 from caprl_async.engine.engine import EngineStats
 from caprl_async.engine.types import Completion, EngineDied, Request, RequestFailed, Response
+from caprl_async.tiny.tokenizer import CHAT_TEMPLATE
 from caprl_async.types import Finish, Question
 
 PROMPT = JudgePromptConfig(
@@ -24,6 +25,7 @@ PROMPT = JudgePromptConfig(
     abstain="unknown",
 )
 CAPTION = "topleft red circle ."
+SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 
 
 def question(
@@ -51,6 +53,25 @@ def judge_config(folder: Path, mode: JudgeMode = JudgeMode.expected, **values: A
     config = JudgeConfig(model=str(folder), mode=mode, prompt=PROMPT, **values)
     config.engine.max_model_len = 512
     return config
+
+
+def byte_level() -> Any:
+    """A byte-level BPE as real judges have, with an added token that is not marked special."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    letters = " ".join(" " + chr(code) for code in range(ord("A"), ord("Z") + 1))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=800, initial_alphabet=alphabet, show_progress=False)
+    core.train_from_iterator([f" the answer is {letters} red green According to"] * 10, trainer)
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    core.add_tokens([AddedToken("<think>", special=False, normalized=False)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE
+    )
 
 
 class ReferenceEngine:
