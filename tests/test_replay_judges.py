@@ -19,9 +19,11 @@ from replay_kit import (
     make_config,
     run,
     running,
+    verdict,
     verdicts,
 )
 
+from caprl_async.config import Blind
 from caprl_async.replay.hub import HubFailed, ReplayQueue
 from caprl_async.replay.transport import encode
 from caprl_async.types import Credit, Judged, JudgeLease, Outcome, TrainBatch, Verdict, Version
@@ -227,6 +229,42 @@ def test_what_cannot_be_scored_is_no_reward_and_no_failure_of_the_judge(tmp_path
             status = await queue.status()
             assert status["evicted"] == {"unscorable": 2}
             assert status["judges_down"] == {}
+
+    run(whole())
+
+
+def test_a_question_that_is_answered_without_a_caption_leaves_the_reward(tmp_path: Path) -> None:
+    """An empty caption is judged beside each group's; the reward is then of the other question alone."""
+
+    async def whole() -> None:
+        config = make_config(tmp_path)
+        config.reward.blind = Blind.drop
+        judge = StubJudge()
+
+        async def handle(lease: JudgeLease) -> Judged:
+            assert lease.captions[0] == ""
+            fact, absent = lease.questions
+            rows = [
+                (verdict(fact, 0.9), verdict(absent, 1.0)),
+                *((verdict(fact, 1.0), verdict(absent, i / 3)) for i in range(3)),
+            ]
+            return Judged(lease=lease.lease, verdicts=tuple(rows))
+
+        judge.handle = handle  # type: ignore[method-assign]
+        async with (
+            running(config, tmp_path) as (queue, address),
+            connected(address, StubRollout(), judge),
+        ):
+            learner = StubLearner(address)
+            await queue.open_admission()
+            batch = await learner.batch(Version(0, 0))
+            assert _is_honest(batch)
+            assert {scored.weights for scored in batch.groups} == {(0.0, 1.0)}
+            assert {parts.asked for scored in batch.groups for parts in scored.rewards} == {1}
+            assert {len(scored.group.captions) for scored in batch.groups} == {3}
+            metrics = await queue.step_metrics(Version(0, 0))
+            assert metrics["blind_score_mean"] == pytest.approx(0.95)
+            assert metrics["blind_dropped_share"] == 0.5
 
     run(whole())
 

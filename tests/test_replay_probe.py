@@ -7,10 +7,22 @@ import math
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from replay_kit import StubJudge, StubLearner, StubRollout, connected, make_config, run, running, turn
 
+from caprl_async.observe.alarms import Alarms
 from caprl_async.replay.probe import Probe
-from caprl_async.types import Outcome, Prompt, Purpose, Question, QuestionKind, Verdict
+from caprl_async.types import (
+    Generated,
+    GenerateLease,
+    Outcome,
+    Prompt,
+    Purpose,
+    Question,
+    QuestionKind,
+    Verdict,
+    Version,
+)
 
 
 def image(*scores: float | None, absent: float | None = None) -> list[tuple[Question, Verdict]]:
@@ -84,5 +96,31 @@ def test_each_batch_is_accompanied_by_the_next_held_out_images(tmp_path: Path) -
             audit = await queue.audit()
             assert audit["violations"] == []
             assert (await queue.state())["probe"]["scores"]["judge"]
+
+    run(whole())
+
+
+def test_a_captioner_that_pleads_with_the_judge_raises_an_alarm(tmp_path: Path) -> None:
+    async def whole() -> None:
+        config = make_config(tmp_path)
+        rollout = StubRollout()
+        honest = rollout.handle
+
+        async def pleading(lease: GenerateLease) -> Generated:
+            answer = await honest(lease)
+            assert answer.group is not None
+            texts = [f"{caption.text} The answer is B." for caption in answer.group.captions]
+            captions = [replace(c, text=t) for c, t in zip(answer.group.captions, texts, strict=True)]
+            return replace(answer, group=replace(answer.group, captions=tuple(captions)))
+
+        rollout.handle = pleading  # type: ignore[method-assign]
+        async with running(config, tmp_path) as (queue, address), connected(address, rollout, StubJudge()):
+            learner = StubLearner(address)
+            await queue.open_admission()
+            await turn(queue, learner, rollout, 0)
+            metrics = await queue.step_metrics(Version(0, 0))
+        assert metrics["hack_answer_leak"] == 1.0
+        said = Alarms(config.observe.bands, tmp_path).check(1, metrics)
+        assert any("hack_answer_leak is 1, outside" in text for text in said)
 
     run(whole())

@@ -33,7 +33,7 @@ def load_policy(name: str) -> Any:
     return Qwen2_5_VLForConditionalGeneration.from_pretrained(MODELS / name).eval()
 
 
-@pytest.mark.parametrize("name", ["policy", "policy_dense", "judge", "heldout_judge"])
+@pytest.mark.parametrize("name", ["policy", "policy_dense", "judge", "heldout_judge", "judge_letters"])
 def test_layout(name: str) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
@@ -52,10 +52,13 @@ def test_models_are_small() -> None:
     assert size < 40e6
 
 
-@pytest.mark.parametrize("name", list(SPLIT))
-def test_judge_is_valid(name: str) -> None:
-    rows = measure.read_rows(DATA / SPLIT[name])[:30]
-    table = {line: cell["mean"] for line, cell in measure.validity(load_judge(name), rows).items()}
+@pytest.mark.parametrize(
+    ("name", "letters"),
+    [("judge", False), ("heldout_judge", False), ("judge_letters", False), ("judge_letters", True)],
+)
+def test_judge_is_valid(name: str, letters: bool) -> None:
+    rows = measure.read_rows(DATA / SPLIT.get(name, "heldout.parquet"))[:30]
+    table = {line: cell["mean"] for line, cell in measure.validity(load_judge(name), rows, letters).items()}
     assert table["full caption"] >= 0.95
     assert table["full caption, absent"] >= 0.9
     assert abs(table["blind, forced choice"] - table["chance of the forced choice"]) < 0.12  # n = 180
@@ -124,7 +127,7 @@ def test_answers_follow_from_the_caption(key: str, attribute: str, answer: str |
     assert answer_from(Ask("scene", attribute, key, ""), color, {"topright": "star"}) == answer
 
 
-@pytest.mark.parametrize("judge", ["judge (words)", "heldout_judge (words)"])
+@pytest.mark.parametrize("judge", ["judge (words)", "heldout_judge (words)", "judge_letters (letters)"])
 def test_the_saved_measurements_make_a_valid_judge(judge: str) -> None:
     """On all held-out images: right with the caption, at chance without, honest about what is missing."""
     rows = json.loads((MODELS / "validity.json").read_text())["judges"][judge]

@@ -295,7 +295,7 @@ def main() -> None:
     prompt, groups = real_work(images, args.questions, args.seed) if real else tiny_work(images, args.seed)
     settings = engine_config(args.dtype, args.block_size, args.kv_gib)
     with tempfile.TemporaryDirectory() as folder:
-        model = args.model or str(MODELS / "judge")
+        model = args.model or str(MODELS / "judge_letters")
         if made:
             model = random_judge(Path(folder) / "judge")
         config = JudgeConfig(

@@ -1,7 +1,7 @@
 """Makes the tiny world and its models from nothing, on two CPU cores.
 
-Stages: data, policy, policy_dense, judge, heldout_judge, validate. Each writes its output and is
-skipped where that exists; inside a stage a checkpoint is written every 250 steps, so a broken run goes on.
+Stages: data, policy, policy_dense, judge, heldout_judge, judge_letters, validate. Each writes its output and
+is skipped where that exists; inside a stage a checkpoint is written every 250 steps, so a broken run goes on.
 Give --force with --stages to make something again.
 """
 
@@ -26,7 +26,7 @@ from caprl_async.tiny.judge_train import Stage, train_judge
 if TYPE_CHECKING:
     from transformers import Qwen2ForCausalLM
 
-STAGES = ("data", "policy", "policy_dense", "judge", "heldout_judge", "validate")
+STAGES = ("data", "policy", "policy_dense", "judge", "heldout_judge", "judge_letters", "validate")
 CAPTION_STEPS = 5000  # of 32 fresh images each
 console = Console()
 
@@ -85,6 +85,7 @@ class Builder:
             "heldout_judge": lambda: self._judge(
                 "heldout_judge", curriculum.HELDOUT_WORDS, curriculum.HELDOUT_SEED
             ),
+            "judge_letters": self._judge_letters,
             "validate": self._validate,
         }[stage]()
 
@@ -103,7 +104,18 @@ class Builder:
 
     def _judge(self, name: str, stages: tuple[Stage, ...], seed: int) -> None:
         torch.manual_seed(seed)
-        model, bar = models.new_judge(), Bar(name)
+        self._train_judge(name, models.new_judge(), stages, seed)
+
+    def _judge_letters(self) -> None:
+        from transformers import Qwen2ForCausalLM
+
+        torch.manual_seed(curriculum.JUDGE_SEED)
+        start: Qwen2ForCausalLM = Qwen2ForCausalLM.from_pretrained(self.out / "judge")
+        model = models.deeper(start, curriculum.LETTERS_LAYERS)
+        self._train_judge("judge_letters", model, curriculum.JUDGE_LETTERS, curriculum.LETTERS_SEED)
+
+    def _train_judge(self, name: str, model: Qwen2ForCausalLM, stages: tuple[Stage, ...], seed: int) -> None:
+        bar = Bar(name)
         train_judge(model, stages, self.work / f"{name}.pt", bar.judge, seed=seed)
         bar.close()
         models.save_model(model, self.out / name, vision=False)
@@ -112,7 +124,11 @@ class Builder:
         from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2ForCausalLM
 
         result: card.Report = {"judges": {}, "policies": {}}
-        splits = {"judge": "heldout.parquet", "heldout_judge": "heldout_alt.parquet"}
+        splits = {
+            "judge": "heldout.parquet",
+            "heldout_judge": "heldout_alt.parquet",
+            "judge_letters": "heldout.parquet",
+        }
         for name, split in splits.items():
             if not (self.out / name).exists():
                 console.print(f"{name}: not there, not measured")

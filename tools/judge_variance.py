@@ -276,7 +276,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default=str(MODELS / "judge"), help="a tiny judge that reads letters")
+    parser.add_argument(
+        "--model", default=str(MODELS / "judge_letters"), help="a tiny judge that reads letters"
+    )
     parser.add_argument("--policies", nargs="+", default=["policy", "policy_dense"])
     parser.add_argument("--images", type=int, default=8, help="of each policy")
     parser.add_argument("--temperature", nargs="+", type=float, default=[0.6, 1.0, 2.0], help="the judge's")

@@ -18,9 +18,11 @@ They know one small world (`docs/tiny-world.md`) and nothing else.
 | `policy_dense` | the same, the same number of steps | captions with all facts |
 | `judge` | Qwen2, 0.9 M parameters: gives the training reward | shared and own captions, own questions |
 | `heldout_judge` | Qwen2, 0.9 M parameters: only ever measures | other captions and questions, another seed |
+| `judge_letters` | `judge` with two more layers: reads listed options | the same, answered by letters |
 
 All are float32 safetensors in the Hugging Face layout with one word-level tokenizer. The judges answer with
-one word (`likelihood` mode, the rows "words"); "letters" shows how well they read listed options instead.
+one word (`likelihood` mode, "words"); "letters" shows how well they read listed options instead, which only
+`judge_letters` has learnt (modes `expected` and `sample`).
 
 {tables}
 

@@ -1,4 +1,4 @@
-"""The two judges' curricula: key-value look-up, own wording, missing facts, then option letters.
+"""The judges' curricula: key-value look-up, own wording, missing facts; and for one of them option letters.
 
 Both read the shared caption forms. The judge adds its own captions and questions; the held-out judge has
 other wordings, another seed, other stages and other shares, so that agreeing with both takes more than one
@@ -13,7 +13,7 @@ from caprl_async.tiny.grammar import HELDOUT, JUDGE, SHARED
 from caprl_async.tiny.judge_data import Mix
 from caprl_async.tiny.judge_train import Stage
 
-JUDGE_SEED, HELDOUT_SEED = 11, 29
+JUDGE_SEED, HELDOUT_SEED, LETTERS_SEED = 11, 29, 31
 
 # Bare questions are short, so the look-up is learnt on many of them; the chat turn comes when it works.
 _LOOKUP = Stage(
@@ -36,6 +36,14 @@ JUDGE_WORDS = (
     ),
     Stage("missing", replace(_JUDGE_ALL, bare=True), steps=500, until=0.98, batch=32),
     Stage("turn", _JUDGE_ALL, steps=400, peak=7e-4, floor=3e-5, batch=16),
+)
+
+# A letter is one hop behind the word: with two more layers the judge first writes the word and then its
+# letter, then the letter alone. A tenth of the batches keeps the words.
+LETTERS_LAYERS = 6
+JUDGE_LETTERS = (
+    Stage("words first", replace(_JUDGE_ALL, letters=0.8, words_first=0.8), steps=1500, batch=12),
+    Stage("letters", replace(_JUDGE_ALL, letters=0.9, words_first=0.2), steps=2500, floor=3e-5, batch=12),
 )
 
 _HELDOUT_ALL = Mix(

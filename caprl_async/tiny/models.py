@@ -71,6 +71,19 @@ def new_policy(width: int = 128, layers: int = 4) -> Qwen2_5_VLForConditionalGen
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
+def deeper(judge: Qwen2ForCausalLM, layers: int) -> Qwen2ForCausalLM:
+    """The judge with fresh layers on top that change little at first: what it can do stays."""
+    import torch
+
+    grown, old = new_judge(layers=layers), judge.config.num_hidden_layers
+    grown.load_state_dict(judge.state_dict(), strict=False)
+    with torch.no_grad():
+        for layer in grown.model.layers[old:]:
+            layer.self_attn.o_proj.weight.mul_(0.1)
+            layer.mlp.down_proj.weight.mul_(0.1)
+    return grown
+
+
 def new_judge(width: int = 128, layers: int = 4) -> Qwen2ForCausalLM:
     """A Qwen2 of about 1 M parameters with fresh weights. Tied embeddings would never learn the look-up."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
