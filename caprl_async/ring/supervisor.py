@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _CUT = "cut.json"
 _FIRST_WORD_S = 30.0  # a step that takes longer explains itself
+_LOOK_S = 10.0  # between looks at the queue of a step that takes long
 _REVIVALS = 3  # an engine that dies so often while it starts will not come up
 
 
@@ -58,7 +59,7 @@ class Supervisor:
         self._reviving = ""  # the engine that is being started again
         self._revivals: Counter[str] = Counter()  # attempts that failed, one after the other
         self._watch: Watch | None = None
-        self._next_word = _FIRST_WORD_S
+        self._next_word, self._next_look = _FIRST_WORD_S, _LOOK_S
 
     # ------------------------------------------------------------ start and stop
 
@@ -166,7 +167,7 @@ class Supervisor:
         in the metrics of a later one.
         """
         before = self.version
-        self._next_word = _FIRST_WORD_S
+        self._next_word, self._next_look = _FIRST_WORD_S, _LOOK_S
         reports: list[StepReport] = self._get_all(
             [handle.train_step.remote(before) for handle in self.learners], on_wait=self._explain_wait
         )
@@ -336,10 +337,13 @@ class Supervisor:
 
         It also finds a queue that has stopped, which would never answer the learner.
         """
+        if seconds < self._next_look:
+            return
+        self._next_look = seconds + _LOOK_S
+        status = self.status()
         if seconds < self._next_word:
             return
         self._next_word = 2 * self._next_word
-        status = self.status()
         alive = {name: peer["alive"] for name, peer in status["peers"].items()}
         errors = "; ".join(f"{e['source']}: {e['error']}" for e in status["errors"][-3:]) or "none"
         down = "".join(
