@@ -5,9 +5,22 @@ Each field's `help` is what `--help` and the README's table print.
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass, field
 from typing import Any
+
+from caprl_async.choices import (
+    AdvantageKind,
+    Aggregation,
+    Beyond,
+    Blind,
+    ImportanceLevel,
+    JudgeMode,
+    KLEstimator,
+    KLPlace,
+    Proximal,
+    TrustRegion,
+    WeightBackend,
+)
 
 
 def key(default: Any, help: str) -> Any:
@@ -15,72 +28,6 @@ def key(default: Any, help: str) -> Any:
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
-
-
-class JudgeMode(enum.Enum):
-    expected = "expected"
-    sample = "sample"
-    likelihood = "likelihood"
-    text = "text"
-
-
-class Blind(enum.Enum):
-    off = "off"
-    drop = "drop"
-    weigh = "weigh"
-
-
-class AdvantageKind(enum.Enum):
-    mean_std = "mean_std"
-    mean = "mean"
-    rloo = "rloo"
-
-
-class Aggregation(enum.Enum):
-    token_mean = "token_mean"
-    sequence_mean = "sequence_mean"
-    sequence_sum = "sequence_sum"
-
-
-class WeightBackend(enum.Enum):
-    gloo = "gloo"
-    nccl = "nccl"
-    ipc = "ipc"
-
-
-class Proximal(enum.Enum):
-    recompute = "recompute"
-    interpolate = "interpolate"
-    behaviour = "behaviour"
-
-
-class ImportanceLevel(enum.Enum):
-    none = "none"
-    token = "token"
-    sequence = "sequence"
-
-
-class Beyond(enum.Enum):
-    truncate = "truncate"
-    mask = "mask"
-
-
-class TrustRegion(enum.Enum):
-    ppo = "ppo"
-    gspo = "gspo"
-    cispo = "cispo"
-    reinforce = "reinforce"
-
-
-class KLEstimator(enum.Enum):
-    k1 = "k1"
-    k2 = "k2"
-    k3 = "k3"
-
-
-class KLPlace(enum.Enum):
-    loss = "loss"
-    reward = "reward"
 
 
 @dataclass
