@@ -6,12 +6,15 @@ Used by conf.py alone; every check gives a sentence that names its keys and says
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from caprl_async import conf_files, conf_help, conf_loss
 from caprl_async.conf_help import value_of
-from caprl_async.config import Config, EngineConfig, JudgeMode, WeightBackend
+from caprl_async.config import Blind, Config, EngineConfig, JudgeMode, WeightBackend
+from caprl_async.judge.chat import clashes as endpoint_clashes
+from caprl_async.judge.prompt import ALWAYS, WITH_LETTERS, PromptError, check_placeholders
 
 JOBS = ("train",)
 """Modules of caprl_async.jobs with a `run(config)`."""
@@ -302,6 +305,16 @@ def _sampling(config: Config) -> Iterator[str]:
             "data.adaptive_questions=true with data.questions_per_image=0: all questions are asked, so there "
             "is nothing to allocate"
         )
+    if config.data.adaptive_questions and config.reward.blind is not Blind.off:
+        yield (
+            f"data.adaptive_questions=true with reward.blind={config.reward.blind.name}: what the questions "
+            "that were not drawn would have lost is not known, so the reward would be biased"
+        )
+    if config.data.adaptive_questions and config.judge.mode is JudgeMode.sample:
+        yield (
+            "data.adaptive_questions=true with judge.mode=sample: that mode draws questions of its own, so "
+            "the reward would be biased"
+        )
 
 
 def _queue(config: Config) -> Iterator[str]:
@@ -332,39 +345,31 @@ def _judging(config: Config) -> Iterator[str]:
             f"judge.temperature=0 with judge.mode={mode.name}: probabilities need a temperature; only sample "
             "and text have a greedy judge"
         )
-    letters = mode in (JudgeMode.expected, JudgeMode.sample)
-    blocks = [
-        ("caption", prompt.caption, ("{caption}",)),
-        ("question", prompt.question, ("{question}", "{options}") if letters else ("{question}",)),
-        ("option", prompt.option, ("{letter}", "{text}") if letters else ()),
-    ]
-    for name, text, wanted in blocks:
-        for mark in wanted:
-            if mark not in text:
-                yield f"judge.prompt.{name} must hold {mark} (judge.mode={config.judge.mode.name})"
+    try:
+        check_placeholders(prompt, ALWAYS)
+        if mode in (JudgeMode.expected, JudgeMode.sample):
+            check_placeholders(prompt, WITH_LETTERS)
+    except PromptError as error:
+        yield f"{error} (judge.mode={mode.name})"
     if not prompt.abstain.strip():
         yield "judge.prompt.abstain must be a text: it is an option of every question"
 
 
 def _endpoint(config: Config) -> Iterator[str]:
-    judge, endpoint = config.judge, config.judge.endpoint
+    endpoint = config.judge.endpoint
     if not endpoint.url:
         return
-    if not endpoint.url.startswith(("http://", "https://")):
-        yield f"judge.endpoint.url={endpoint.url} must begin with http:// or https://"
-    if judge.mode is JudgeMode.likelihood:
+    yield from endpoint_clashes(config.judge)
+    key = endpoint.api_key_env
+    if key and config.ring.address == "local" and not os.environ.get(key):
+        yield f"judge.endpoint.api_key_env={key}: there is no environment variable of that name"
+    longest = (endpoint.retries + 1) * endpoint.timeout_s + 8.0 * endpoint.retries  # with the pauses between
+    if longest > config.replay.lease_timeout_s:
         yield (
-            f"judge.mode=likelihood with judge.endpoint.url={endpoint.url}: a chat API scores no given "
-            "texts; use judge.mode=expected, sample or text"
+            f"judge.endpoint.timeout_s={endpoint.timeout_s:g} and .retries={endpoint.retries} let one "
+            f"request take {longest:.0f} s, but replay.lease_timeout_s={config.replay.lease_timeout_s:g} "
+            "gives the work to another before: lower these, or raise that"
         )
-    if judge.mode is JudgeMode.expected and judge.temperature > 1:
-        yield (
-            f"judge.temperature={judge.temperature:g} with judge.mode=expected and judge.endpoint.url="
-            f"{endpoint.url}: the tokens that an endpoint does not return are bounded for temperatures up to "
-            "1 only"
-        )
-    if endpoint.prefill and not judge.prompt.prefill.strip():
-        yield "judge.endpoint.prefill=true with an empty judge.prompt.prefill: there is nothing to go on from"
 
 
 def _heldout(config: Config) -> Iterator[str]:
@@ -378,7 +383,8 @@ def _heldout(config: Config) -> Iterator[str]:
             yield "evaluate.heldout_judge.model needs data.heldout, which is empty"
     if evaluate.heldout_judge.data and not evaluate.heldout_judge.model:
         yield "evaluate.heldout_judge.data needs evaluate.heldout_judge.model, which is empty"
-    if evaluate.heldout_judge.model and evaluate.heldout_judge.model == config.judge.model:
+    trained_by = "" if config.judge.endpoint.url else config.judge.model
+    if evaluate.heldout_judge.model and evaluate.heldout_judge.model == trained_by:
         yield (
             "evaluate.heldout_judge.model and judge.model are the same folder: a judge that training uses "
             "is not held out"

@@ -107,7 +107,7 @@ class EndpointConfig:
     url: str = key("", "base URL, as http://host:8000/v1; empty: an engine of ours holds judge.model")
     model: str = key("", "the name it is served under; empty: the only one that the server lists")
     api_key_env: str = key("", "environment variable that holds the key; empty: no key")
-    timeout_s: float = key(60.0, "one request may take this long")
+    timeout_s: float = key(30.0, "one request may take this long")
     retries: int = key(3, "further tries of a request, with growing pauses; then it is judge_down")
     max_in_flight: int = key(32, "requests at one time, per actor")
     prefill: bool = key(

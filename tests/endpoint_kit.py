@@ -196,7 +196,7 @@ def by_text(prompt: str) -> Tokens:
     """Knows what it prefers wherever that stands, and says letters in several ways, and other things."""
     tokens = {"According": 0.15, "b": 0.05}
     for letter, text in options_of(prompt).items():
-        p = SURE.get(text, 0.01)
+        p = 0.5 if text == "circle" else SURE.get(text, 0.01)  # the trial's right option
         tokens |= {f" {letter}": 0.7 * p, letter: 0.2 * p, f"{letter})": 0.1 * p}
     return {token: p / math.fsum(tokens.values()) for token, p in tokens.items()}
 

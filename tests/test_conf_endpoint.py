@@ -33,6 +33,17 @@ def test_a_conf_with_an_endpoint_needs_no_judge_model_and_no_gpu_for_it(tmp_path
     ("overrides", "words"),
     [
         (["judge.endpoint.url=localhost:8000"], ["judge.endpoint.url=localhost:8000", "http://"]),
+        (["judge.endpoint.url=http://me:secret@host/v1"], ["no user, password or query", "api_key_env"]),
+        (["judge.endpoint.url=http://host/v1?api-key=1"], ["no user, password or query"]),
+        (
+            [URL, "judge.endpoint.api_key_env=NOT_SET_ANYWHERE"],
+            ["judge.endpoint.api_key_env=NOT_SET_ANYWHERE"],
+        ),
+        ([URL, "judge.endpoint.timeout_s=200"], ["timeout_s=200", "lease_timeout_s=300"]),
+        (
+            [URL, "data.questions_per_image=2", "data.adaptive_questions=true", "reward.blind=weigh"],
+            ["biased"],
+        ),
         ([URL, "judge.mode=likelihood"], ["judge.mode=likelihood", "judge.endpoint.url"]),
         ([URL, "judge.temperature=1.2"], ["judge.temperature=1.2", "judge.mode=expected"]),
         ([URL, "judge.endpoint.prefill=true", "judge.prompt.prefill="], ["judge.endpoint.prefill=true"]),

@@ -23,6 +23,7 @@ from endpoint_kit import (
 
 from caprl_async.config import JudgeMode
 from caprl_async.judge.judge import Judge
+from caprl_async.judge.verdicts import JudgeConfigError
 from caprl_async.types import Outcome
 
 ANSWER = {"message": {"content": "A"}}
@@ -114,3 +115,41 @@ def test_a_server_that_recovers_is_asked_again(server: FakeServer) -> None:
     server.faults = [says(429, Retry_After="1")]
     assert ask(judge, QUESTIONS[1:2])[0][0].outcome is Outcome.SCORED
     assert server.times[-1] - server.times[-2] >= 0.9  # the client's own first pause is 0.5 s
+
+
+NO_ANSWER: dict[str, Any] = {
+    "blank": {"choices": [{"message": {"content": " \n"}, "finish_reason": "stop"}]},
+    "empty": {"choices": [{"message": {"content": ""}, "finish_reason": "length"}]},
+    "null": {"choices": [{"message": {"content": None}}]},
+    "ended by an error": {"choices": [{**ANSWER, "finish_reason": "error"}]},
+}
+
+
+@pytest.mark.parametrize("mode", [JudgeMode.sample, JudgeMode.text])
+@pytest.mark.parametrize("name", list(NO_ANSWER))
+def test_no_answer_is_no_wrong_answer(server: FakeServer, name: str, mode: JudgeMode) -> None:
+    """Where answers are read as text, nothing written is a failure, not an option that was missed."""
+    judge = Judge.load(config_for(server, mode))
+    server.always = gives(NO_ANSWER[name])
+    verdicts = [v for v in ask(judge, QUESTIONS[:1])[0] if v.outcome is not Outcome.NOT_ASKED]
+    assert [(v.outcome, v.score) for v in verdicts] == [(Outcome.JUDGE_DOWN, None)]
+    assert len(judge.cache) == 0
+
+
+def test_one_refusal_of_all_captions_is_not_about_the_captions(server: FakeServer) -> None:
+    judge = Judge.load(config_for(server))
+    server.always = says(400, "Billing hard limit has been reached")
+    rows = ask(judge, QUESTIONS[:2], captions=["one", "two"])
+    assert {v.outcome for row in rows for v in row} == {Outcome.JUDGE_DOWN}
+    assert {v.outcome for v in ask(judge, QUESTIONS[:2], captions=["one"])[0]} == {Outcome.UNSCORABLE}
+
+
+def test_a_garbled_trial_answer_changes_no_way_of_scoring(server: FakeServer) -> None:
+    server.faults = [gives(b"<html>Gateway</html>")]
+    with pytest.raises(JudgeConfigError, match="cannot be read"):
+        Judge.load(config_for(server, endpoint={"model": "tiny"}))
+
+
+def test_a_model_that_thinks_first_is_noticed_at_the_start(server: FakeServer) -> None:
+    server.tokens = lambda prompt: {"<think>": 0.999, "A": 0.001}
+    assert "thinks first" in Judge.load(config_for(server)).note

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from judge_kit import CAPTION, ReferenceEngine, judge_config, question, save_random_judge
 
-from caprl_async.config import EngineConfig, JudgeMode
+from caprl_async.config import EngineConfig, JudgeConfig, JudgeMode
 from caprl_async.engine.engine import Engine
 from caprl_async.engine.types import Request, Response
 from caprl_async.judge.judge import Judge
+from caprl_async.tiny.judge_prompt import judge_prompt_config
+from caprl_async.tiny.models import MODELS
 from caprl_async.types import Outcome
 
 CAPTIONS = [CAPTION, "bottomleft blue star . " * 8]
@@ -72,3 +74,21 @@ def test_more_seeded_prompts_than_a_step_holds_are_answered_alike_each_time(tmp_
         assert tokens == [[c.token_ids for c in r.completions] for r in again if isinstance(r, Response)]
     finally:
         engine.close()
+
+
+@pytest.mark.slow
+def test_the_judge_alone_reads_captions_and_abstains_where_they_are_silent() -> None:
+    """As docs/judge.md shows it, with the tiny judge that reads letters."""
+    questions = [
+        question(["red", "blue", "green"], 0, "color"),
+        question(["circle", "star"], 0, "shape", "what shape is topleft ?"),
+        question(["black", "white"], None, "absent", "what color is topright ?"),
+    ]
+    config = JudgeConfig(model=str(MODELS / "judge_letters"), prompt=judge_prompt_config(), engine=ENGINE)
+    with Judge.load(config) as judge:
+        full, silent = judge.ask([CAPTION, "bottomleft blue star ."], questions)
+        assert judge.ask([CAPTION], questions) == (full,)
+    assert [verdict.choice for verdict in full] == ["red", "circle", "unknown"]
+    assert all((verdict.score or 0) > 0.5 for verdict in full), full
+    assert [verdict.choice for verdict in silent] == ["unknown"] * 3
+    assert [(verdict.score or 0) > 0.5 for verdict in silent] == [False, False, True]

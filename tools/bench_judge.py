@@ -49,8 +49,8 @@ from caprl_async.engine.engine import Engine
 from caprl_async.engine.types import Request, Response
 from caprl_async.judge.judge import Judge
 from caprl_async.judge.letters import read_letter
-from caprl_async.judge.modes import SAMPLE_TOKENS
 from caprl_async.judge.prompt import JudgePrompter, load_tokenizer
+from caprl_async.judge.verdicts import SAMPLE_TOKENS
 from caprl_async.tiny.models import MODELS
 
 T = TypeVar("T")

@@ -44,7 +44,8 @@ from caprl_async.config import JudgeConfig, JudgeMode
 from caprl_async.engine.engine import Engine
 from caprl_async.engine.types import Response
 from caprl_async.judge.judge import Judge
-from caprl_async.judge.modes import Asking, make_mode
+from caprl_async.judge.modes import make_mode
+from caprl_async.judge.verdicts import Asking
 from caprl_async.tiny.judge_prompt import judge_prompt_config, prompter
 from caprl_async.tiny.models import MODELS
 from caprl_async.tiny.tokenizer import tokenizer

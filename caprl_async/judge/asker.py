@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from caprl_async.config import JudgeConfig, JudgeMode
 from caprl_async.engine.types import EngineDied, Request, RequestFailed, Response
 from caprl_async.judge.cache import judge_revision
-from caprl_async.judge.modes import Asking, Planned, make_mode, unscorable
+from caprl_async.judge.modes import make_mode
 from caprl_async.judge.prompt import JudgePrompter, load_tokenizer
+from caprl_async.judge.verdicts import Asking, Planned, unscorable
 from caprl_async.types import Outcome, Question, Verdict
 
 if TYPE_CHECKING:

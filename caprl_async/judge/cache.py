@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from caprl_async.config import JudgeConfig
-from caprl_async.judge.modes import Asking
+from caprl_async.judge.verdicts import Asking
 from caprl_async.types import Verdict
 
 _WHOLE = 64 << 20  # bytes; larger files are fingerprinted by samples
@@ -50,7 +50,7 @@ def judge_revision(config: JudgeConfig) -> bytes:
     Raises:
         FileNotFoundError: `config.model` is no folder.
     """
-    asked = (config.mode.value, config.temperature, config.prompt, config.engine.dtype)
+    asked = (config.mode.value, config.temperature, config.prompt, config.text_tokens, config.engine.dtype)
     return _digest(checkpoint_fingerprint(Path(config.model)), asked)
 
 

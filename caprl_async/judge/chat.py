@@ -10,33 +10,48 @@ import dataclasses
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 
 from caprl_async.config import JudgeConfig, JudgeMode
-from caprl_async.judge import modes
+from caprl_async.judge import verdicts
 from caprl_async.judge.letters import read_letter
-from caprl_async.judge.modes import Asking, JudgeConfigError, Planned
 from caprl_async.judge.permutations import Order, seed_of
-from caprl_async.judge.prompt import ALWAYS, WITH_LETTERS, check_placeholders, head_text, tail_text
+from caprl_async.judge.prompt import (
+    ALWAYS,
+    WITH_LETTERS,
+    check_placeholders,
+    head_text,
+    tail_text,
+    without_disguise,
+)
+from caprl_async.judge.verdicts import Asking, JudgeConfigError, Planned
 from caprl_async.types import Question, Verdict
 
 TOP_LOGPROBS = (20, 5)
 """Likeliest tokens to ask for; the next number where an API refuses the one before."""
 LETTER_ONLY = "Answer with the letter of the option only."
 BRIEFLY = "Answer with a word or a short phrase only."
-_MARKUP = re.compile(r"[<＜﹤\[［](?=\S)|\](?=~)")
+ENDED = (None, "stop", "length")
+"""How an answer may end that is an answer."""
+_MARKUP = re.compile(r"[<\[](?=\S)|\](?=~)")
+
+
+class NoLogprobs(ValueError):
+    """An answer comes without the log-probabilities that were asked for."""
 
 
 def escape_markup(text: str) -> str:
     """Puts a space into what the control tokens of chat models begin with: `<|im_end|>`, `[/INST]`, `]~b]`.
 
-    That is behind each `<` and `[` before a non-space, and behind their wide forms, of which some tokenizers
-    make the plain ones. The text stays readable, and escaping it again changes nothing.
+    That is behind each `<` and `[` before a non-space; their wide and small forms, of which some tokenizers
+    make the plain ones, become plain first, and what cannot be seen is taken out. The text stays readable,
+    and escaping it again changes nothing.
     """
-    return _MARKUP.sub(lambda match: match[0] + " ", text)
+    return _MARKUP.sub(lambda match: match[0] + " ", without_disguise(text, "<>[]"))
 
 
 def letter_mass(top: Sequence[tuple[str, float]], letters: int, temperature: float) -> list[float]:
@@ -51,12 +66,12 @@ def letter_mass(top: Sequence[tuple[str, float]], letters: int, temperature: flo
     letter that `read_letter` reads in it (`B`, ` B`, `B)`), any other for none.
 
     Raises:
-        ValueError: `top` is empty or holds what is no log-probability.
+        NoLogprobs: `top` is empty or holds what is no log-probability.
     """
     values = [value for _, value in top]
     total = math.fsum(map(math.exp, values)) if all(value < 0.01 for value in values) else math.inf
     if not values or not total < 1.01:  # the tolerance is for sums of rounded numbers
-        raise ValueError("the server's answer lacks log-probabilities")
+        raise NoLogprobs("the server's answer lacks log-probabilities")
     if total < 1:
         values.append(math.log1p(-total))
     peak = max(values)
@@ -174,7 +189,7 @@ class Expected(Way):
         self.top = top
 
     def arrange(self, questions: Sequence[Question], rotation: int) -> list[Planned]:
-        return modes.ordered_askings(questions, rotation, self.config)
+        return verdicts.ordered_askings(questions, rotation, self.config)
 
     def bodies(self, asking: Asking, caption: str) -> list[dict[str, Any]]:
         # At temperature 1 an API's log-probabilities are the model's own, whether it scales them or not.
@@ -189,31 +204,31 @@ class Expected(Way):
             letters = letter_mass(top, len(order), self.config.temperature)
             for option, probability in zip(order, letters, strict=True):
                 mass[option] += probability / len(asking.orders)
-        return modes.scored(asking, mass, off=1.0 - math.fsum(mass))
+        return verdicts.scored(asking, mass, off=1.0 - math.fsum(mass))
 
 
 class Sample(Way):
     """One written answer per draw."""
 
     def arrange(self, questions: Sequence[Question], rotation: int) -> list[Planned]:
-        return modes.drawn_askings(questions, rotation, self.config)
+        return verdicts.drawn_askings(questions, rotation, self.config)
 
     def bodies(self, asking: Asking, caption: str) -> list[dict[str, Any]]:
-        drawn = {"max_tokens": modes.SAMPLE_TOKENS, "temperature": self.config.temperature}
+        drawn = {"max_tokens": verdicts.SAMPLE_TOKENS, "temperature": self.config.temperature}
         return [
             self._body(asking, order, caption) | drawn | {"seed": seed_of("answer", seed, caption) % 2**31}
             for order, seed in zip(asking.orders, asking.seeds, strict=True)
         ]
 
     def verdict(self, asking: Asking, choices: Sequence[Choice]) -> Verdict:
-        return modes.sample_verdict(asking, _written(choices))
+        return verdicts.sample_verdict(asking, _written(choices))
 
 
 class Text(Way):
     """One answer in own words, options not shown."""
 
     def arrange(self, questions: Sequence[Question], rotation: int) -> list[Planned]:
-        return modes.text_askings(questions, rotation, self.config)
+        return verdicts.text_askings(questions, rotation, self.config)
 
     def bodies(self, asking: Asking, caption: str) -> list[dict[str, Any]]:
         seed = seed_of("answer", asking.seeds[0], caption) % 2**31
@@ -221,7 +236,7 @@ class Text(Way):
         return [self._body(asking, None, caption) | free]
 
     def verdict(self, asking: Asking, choices: Sequence[Choice]) -> Verdict:
-        return modes.text_verdict(asking, _written(choices)[0])
+        return verdicts.text_verdict(asking, _written(choices)[0])
 
 
 def _written(choices: Sequence[Choice]) -> list[str]:
@@ -229,10 +244,35 @@ def _written(choices: Sequence[Choice]) -> list[str]:
     Raises:
         ValueError: an answer has no text.
     """
-    texts = [choice.message.content for choice in choices if choice.message.content is not None]
-    if len(texts) < len(choices):
+    texts = [choice.message.content or "" for choice in choices]
+    if not all(text.strip() for text in texts):
         raise ValueError("the server's answer has no text (does the model think first?)")
     return texts
+
+
+def clashes(config: JudgeConfig) -> Iterator[str]:
+    """A sentence for each setting that does not suit an endpoint."""
+    url = config.endpoint.url
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        yield f"judge.endpoint.url={url} must begin with http:// or https:// and name a host"
+    if parts.username or parts.password or parts.query or parts.fragment:
+        yield (
+            "judge.endpoint.url must hold no user, password or query, which would be shown wherever the url "
+            "is; give the key by judge.endpoint.api_key_env"
+        )
+    if config.mode is JudgeMode.likelihood:
+        yield (
+            "judge.mode=likelihood with judge.endpoint.url: a chat API scores no given texts; use "
+            "judge.mode=expected, sample or text"
+        )
+    if config.mode is JudgeMode.expected and config.temperature > 1:
+        yield (
+            f"judge.temperature={config.temperature:g} with judge.mode=expected and judge.endpoint.url: the "
+            "tokens that the server does not return are bounded for temperatures up to 1 only"
+        )
+    if config.endpoint.prefill and not config.prompt.prefill.strip():
+        yield "judge.endpoint.prefill=true with an empty judge.prompt.prefill: there is nothing to go on from"
 
 
 def ways_to_ask(config: JudgeConfig) -> list[Way]:
@@ -242,23 +282,13 @@ def ways_to_ask(config: JudgeConfig) -> list[Way]:
         JudgeConfigError, PromptError: `config` does not suit an endpoint.
     """
     check_placeholders(config.prompt, ALWAYS)
-    if config.mode is JudgeMode.likelihood:
-        raise JudgeConfigError(
-            "judge.mode=likelihood with judge.endpoint.url: a chat API scores no given texts; use "
-            "judge.mode=expected, sample or text"
-        )
-    if config.mode is JudgeMode.expected and config.temperature > 1:
-        raise JudgeConfigError(
-            f"judge.temperature={config.temperature:g} with judge.mode=expected and judge.endpoint.url: the "
-            "tokens that the server does not return are bounded for temperatures up to 1 only"
-        )
-    if config.endpoint.prefill and not config.prompt.prefill.strip():
-        raise JudgeConfigError("judge.endpoint.prefill=true, but judge.prompt.prefill is empty")
-    modes.check_numbers(config)
+    for clash in clashes(config):
+        raise JudgeConfigError(clash)
+    verdicts.check_numbers(config)
     if config.mode is JudgeMode.text:
         return [Text(config)]
     check_placeholders(config.prompt, WITH_LETTERS)
     sample = dataclasses.replace(config, mode=JudgeMode.sample)
-    modes.check_numbers(sample)
+    verdicts.check_numbers(sample)
     exact = [Expected(config, top) for top in TOP_LOGPROBS] if config.mode is JudgeMode.expected else []
     return [*exact, Sample(sample)]

@@ -16,18 +16,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from openai import APIStatusError, AsyncOpenAI, OpenAI, OpenAIError
+from openai import APIStatusError, AsyncOpenAI, OpenAI
 
 from caprl_async.config import JudgeConfig, JudgeMode
 from caprl_async.engine.engine import EngineStats
 from caprl_async.engine.types import EngineDied
-from caprl_async.judge import modes
-from caprl_async.judge.chat import Choice, PromptTokens, Usage, Way, escape_markup, read_choice, ways_to_ask
-from caprl_async.judge.modes import Asking, Planned, unscorable
+from caprl_async.judge import verdicts
+from caprl_async.judge.chat import (
+    ENDED,
+    Choice,
+    NoLogprobs,
+    PromptTokens,
+    Usage,
+    Way,
+    escape_markup,
+    read_choice,
+    ways_to_ask,
+)
 from caprl_async.judge.server import FAULTS, Failure, Server
+from caprl_async.judge.verdicts import Asking, Planned, unscorable
 from caprl_async.types import Outcome, Question, Verdict
 
-_OF_LOGPROBS = (400, 403, 422, 501)  # what APIs without log-probabilities say when asked for them
+_OF_LOGPROBS = (400, 422, 501)  # what APIs without log-probabilities say when asked for them
+_ASTRAY = 0.9  # of the trial answer's probability on no option: such a judge scores nothing
 _PAUSE_S = 8.0  # the client's longest pause between tries, unless the server asks for more
 _TRIAL = Asking(Question(question_id="trial", stem="What is red?", choices=("circle", "star"), answer=0), ())
 
@@ -94,8 +105,8 @@ class EndpointAsker:
         self.note = note
         self.model = model
         endpoint = config.endpoint
-        asked = (server.url, model, config.mode.value, config.temperature, config.prompt, endpoint.prefill)
-        content = msgspec.msgpack.encode((asked, getattr(way, "top", 0)))
+        asked = (config.mode.value, config.temperature, config.prompt, config.text_tokens, endpoint.prefill)
+        content = msgspec.msgpack.encode((server.url, model, asked, getattr(way, "top", 0)))
         self.revision = hashlib.blake2b(content, digest_size=32).digest()
         self._server = server
         self._way = way
@@ -122,12 +133,12 @@ class EndpointAsker:
             model = config.endpoint.model or server.only_model(client)
             for way in ways:
                 try:
-                    _try_out(client, model, way)
+                    astray = _try_out(client, model, way)
                     break
                 except FAULTS as error:
                     status = error.status_code if isinstance(error, APIStatusError) else None
-                    other = isinstance(error, OpenAIError) and status not in _OF_LOGPROBS
-                    if other or way is ways[-1]:
+                    meant = isinstance(error, NoLogprobs) or status in _OF_LOGPROBS
+                    if not meant or way is ways[-1]:
                         asked = f"a trial question to judge.endpoint.model={model}"
                         raise server.refusal(error, asked) from None
                     lacking = lacking or server.failure(error).reason
@@ -137,18 +148,29 @@ class EndpointAsker:
                 f"judge.endpoint.url={server.url} gives no log-probabilities ({lacking}): judge.mode="
                 f"{config.mode.value} became {way.config.mode.value}, with judge.draws={config.draws}"
             )
+        if astray > _ASTRAY and way.config.mode is not JudgeMode.text:
+            note += ("; " if note else "") + (
+                f"a trial question to judge.endpoint.url={server.url} was answered by none of its options "
+                f"({astray:.0%}): a model that thinks first or writes around its answer scores all captions 0"
+            )
+        if note:
             log.warning(note)
         return cls(server, model, way, note)
 
     def plan(self, questions: Sequence[Question], rotation: int) -> tuple[Planned, ...]:
         faults = [self._fault(question) for question in questions]
-        return modes.plan_sound(questions, faults, lambda sound: self._way.arrange(sound, rotation))
+        return verdicts.plan_sound(questions, faults, lambda sound: self._way.arrange(sound, rotation))
 
     async def ask(self, askings: Sequence[tuple[Asking, str]]) -> list[Verdict]:
         line = self._line_here()
         bodies = [self._way.bodies(asking, caption) for asking, caption in askings]
         # A semaphore is fair: requests start in this order, so those of one caption meet its cached prefix.
-        answers = iter(await asyncio.gather(*(self._send(line, body) for mine in bodies for body in mine)))
+        every = await asyncio.gather(*(self._send(line, body) for mine in bodies for body in mine))
+        reasons = {one.reason if isinstance(one, Failure) else None for one in every}
+        if len({caption for _, caption in askings}) > 1 and len(reasons) == 1 and None not in reasons:
+            # Different captions, one refusal: it is not about them (an account without money says 400 too).
+            every = [dataclasses.replace(one, again=True) for one in every if isinstance(one, Failure)]
+        answers = iter(every)
         return [
             self._verdict(asking, [next(answers) for _ in mine])
             for (asking, _), mine in zip(askings, bodies, strict=True)
@@ -165,9 +187,9 @@ class EndpointAsker:
                 asyncio.run_coroutine_threadsafe(line.client.close(), line.loop)
 
     def _fault(self, question: Question) -> str | None:
-        options = [escape_markup(option) for option in modes.all_options(question, self._way.config)]
-        lettered = self.mode is not JudgeMode.text
-        return (modes.letters_fault(options) if lettered else None) or modes.text_fault(question, options)
+        options = [escape_markup(option) for option in verdicts.all_options(question, self._way.config)]
+        shown = verdicts.words_fault if self.mode is JudgeMode.text else verdicts.letters_fault
+        return shown(options) or verdicts.text_fault(question, options)
 
     def _line_here(self) -> _Line:
         loop = asyncio.get_running_loop()
@@ -195,6 +217,8 @@ class EndpointAsker:
         self._meter.count(usage)
         if choice.finish_reason == "content_filter":
             return Failure("the server's content filter held the answer back", again=False)
+        if choice.finish_reason not in ENDED:
+            return Failure(f"the server ended its answer by {choice.finish_reason!r}"[:300], again=True)
         return choice
 
     def _verdict(self, asking: Asking, answers: Sequence[Choice | Failure]) -> Verdict:
@@ -211,10 +235,10 @@ class EndpointAsker:
         return Verdict(question_id=name, outcome=Outcome.JUDGE_DOWN, reason=failure.reason)
 
 
-def _try_out(client: OpenAI, model: str, way: Way) -> None:
-    """Passes if the server can be asked this way; else raises one of FAULTS."""
-    options = modes.all_options(_TRIAL.question, way.config)
+def _try_out(client: OpenAI, model: str, way: Way) -> float:
+    """The share of the answer on none of the options, if the server can be asked so; else raises a FAULT."""
+    options = verdicts.all_options(_TRIAL.question, way.config)
     asking = dataclasses.replace(_TRIAL, options=options, orders=(tuple(range(len(options))),), seeds=(0,))
     (body,) = way.bodies(asking, "A red circle.")
     content = client.chat.completions.with_raw_response.create(model=model, **body).content
-    way.verdict(asking, [read_choice(content)[0]])
+    return way.verdict(asking, [read_choice(content)[0]]).off_options or 0.0

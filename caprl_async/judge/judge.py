@@ -16,7 +16,7 @@ from caprl_async.config import JudgeConfig, JudgeMode
 from caprl_async.engine.types import EngineDied
 from caprl_async.judge.asker import Answerer, Asker, EngineAsker
 from caprl_async.judge.cache import VerdictCache, verdict_key
-from caprl_async.judge.modes import Asking
+from caprl_async.judge.verdicts import Asking
 from caprl_async.types import Outcome, Question, Verdict
 
 if TYPE_CHECKING:

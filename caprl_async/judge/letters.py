@@ -31,11 +31,12 @@ def read_option(text: str, options: Sequence[str]) -> int | None:
     Case, punctuation around it, articles and lead-ins ("It is", "The answer is") do not count; anything more
     than the option ("red or blue", "not red") is nothing.
     """
-    said = _plain(text.strip().partition("\n")[0])
-    plain = [_plain(option) for option in options]
+    said = plain_option(text.strip().partition("\n")[0])
+    plain = [plain_option(option) for option in options]
     return plain.index(said) if said and plain.count(said) == 1 else None
 
 
-def _plain(text: str) -> str:
+def plain_option(text: str) -> str:
+    """An option, or an answer, without what does not count when they are compared."""
     words = " ".join(text.casefold().strip(_EDGE).split())
     return _LEAD_IN.sub("", words) or words

@@ -6,6 +6,7 @@ import functools
 import json
 import re
 import string
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ class JudgePrompter:
         return (*self.plain_ids(tail_text(stem, options, self._config)), *self._closing)
 
     def _encode_option(self, text: str) -> tuple[int, ...]:
-        return tuple(self.plain_ids(self._space + _one_line(text)))
+        return tuple(self.plain_ids(self._space + one_line(text)))
 
     def _letter_id(self, letter: str) -> int:
         ids = self.plain_ids(self._space + letter)
@@ -163,7 +164,10 @@ class JudgePrompter:
 
 def head_text(caption: str, config: JudgePromptConfig) -> str:
     """The user message up to the end of the caption block: instruction and caption."""
-    block = _fill(config.caption, caption=_without_marks(caption.strip(), _block_marks(config.caption)))
+    marks = _block_marks(config.caption)
+    signs = "".join(sign for sign in "".join(marks) if not sign.isalnum() and not sign.isspace())
+    plain = without_disguise(caption, signs) if signs else caption
+    block = _fill(config.caption, caption=_without_marks(plain.strip(), marks))
     instruction = config.instruction.strip()
     return f"{instruction}\n{block}\n" if instruction else f"{block}\n"
 
@@ -179,8 +183,8 @@ def tail_text(stem: str, options: Sequence[str] | None, config: JudgePromptConfi
         if len(options) > len(LETTERS):
             raise PromptError(f"{len(options)} options, but only {len(LETTERS)} letters")
         pairs = zip(LETTERS, options, strict=False)
-        lines = "".join(_fill(config.option, letter=a, text=_one_line(text)) for a, text in pairs)
-    return _fill(config.question, question=_one_line(stem), options=lines).rstrip()
+        lines = "".join(_fill(config.option, letter=a, text=one_line(text)) for a, text in pairs)
+    return _fill(config.question, question=one_line(stem), options=lines).rstrip()
 
 
 def check_placeholders(config: JudgePromptConfig, placeholders: Mapping[str, tuple[str, ...]]) -> None:
@@ -215,7 +219,8 @@ def _fill(template: str, **values: str) -> str:
     return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """The text with single spaces for all white space."""
     return " ".join(text.split())
 
 
@@ -224,6 +229,16 @@ def _block_marks(template: str) -> tuple[str, ...]:
     before, _, after = template.partition("{caption}")
     marks = {before.strip().rpartition("\n")[2].strip(), after.strip().partition("\n")[0].strip()}
     return tuple(sorted(mark for mark in marks if len(mark) > 1 and re.search(r"[^\w\s]", mark)))
+
+
+def without_disguise(text: str, signs: str) -> str:
+    """The text with each character that may be read as one of `signs` (wide, small forms) as that one.
+
+    Control and format characters go, since a tokenizer that drops them would join what they part; new lines
+    and tabs stay.
+    """
+    kept = (c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf"))
+    return "".join(plain if (plain := unicodedata.normalize("NFKC", c)) in signs else c for c in kept)
 
 
 def _without_marks(caption: str, marks: Sequence[str]) -> str:

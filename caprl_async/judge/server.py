@@ -17,7 +17,7 @@ from openai import (
 )
 
 from caprl_async.config import EndpointConfig
-from caprl_async.judge.modes import JudgeConfigError
+from caprl_async.judge.verdicts import JudgeConfigError
 
 FAULTS = (OpenAIError, ValueError, TimeoutError)
 """What a request may end with, answers that cannot be read included."""

@@ -44,6 +44,7 @@ LETTERS_LAYERS = 6
 JUDGE_LETTERS = (
     Stage("words first", replace(_JUDGE_ALL, letters=0.8, words_first=0.8), steps=1500, batch=12),
     Stage("letters", replace(_JUDGE_ALL, letters=0.9, words_first=0.2), steps=2500, floor=3e-5, batch=12),
+    Stage("letter alone", replace(_JUDGE_ALL, letters=0.9), steps=600, peak=3e-4, floor=2e-5, batch=12),
 )
 
 _HELDOUT_ALL = Mix(
