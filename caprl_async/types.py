@@ -212,6 +212,7 @@ class Evicted(enum.Enum):
     UNSCORABLE = "unscorable"  # too few captions had a quorum of verdicts
     FAILED = "failed"  # generation or judging failed `max_attempts` times
     BAD_ROW = "bad_row"  # the image could not be read
+    NOT_ASKED = "not_asked"  # all its questions are about absent things, and `reward.absent` is 0
 
 
 class Retried(enum.Enum):

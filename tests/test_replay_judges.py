@@ -269,6 +269,44 @@ def test_a_question_that_is_answered_without_a_caption_leaves_the_reward(tmp_pat
     run(whole())
 
 
+def _down(row: tuple[Verdict, ...]) -> tuple[Verdict, ...]:
+    return tuple(msgspec.structs.replace(v, outcome=Outcome.JUDGE_DOWN, score=None) for v in row)
+
+
+def test_what_is_down_for_one_group_alone_costs_that_group_alone(tmp_path: Path) -> None:
+    """The API refuses all captions of one image, and one question of another, time and again."""
+
+    async def whole() -> None:
+        config = make_config(tmp_path)
+        config.replay.max_attempts = 2
+        judge = StubJudge()
+
+        async def handle(lease: JudgeLease) -> Judged:
+            rows = verdicts(lease.questions, len(lease.captions))
+            if lease.key == "train/0":
+                return Judged(lease=lease.lease, verdicts=tuple(map(_down, rows)))
+            if lease.key == "train/1":
+                return Judged(lease=lease.lease, verdicts=tuple((*_down(row[:1]), *row[1:]) for row in rows))
+            return Judged(lease=lease.lease, verdicts=rows)
+
+        judge.handle = handle  # type: ignore[method-assign]
+        async with (
+            running(config, tmp_path) as (queue, address),
+            connected(address, StubRollout(), judge),
+        ):
+            learner = StubLearner(address)
+            await queue.open_admission()
+            while (await queue.status())["evicted"] != {"unscorable": 1}:
+                await asyncio.sleep(0.05)
+            batch = await learner.batch(Version(0, 0))
+            assert _is_honest(batch)
+            assert batch.groups[0].group.key == "train/1"
+            assert {parts.scored for parts in batch.groups[0].rewards} == {1}
+            assert (await queue.status())["metrics"]["judge_outages"] == 0
+
+    run(whole())
+
+
 def test_judges_that_stay_away_end_the_run_with_what_to_do(tmp_path: Path) -> None:
     async def whole() -> None:
         config = make_config(tmp_path)
@@ -279,10 +317,11 @@ def test_judges_that_stay_away_end_the_run_with_what_to_do(tmp_path: Path) -> No
 
         async def handle(lease: JudgeLease) -> Judged:
             rows = verdicts(lease.questions, len(lease.captions))
-            down = msgspec.structs.replace(
-                rows[0][0], outcome=Outcome.JUDGE_DOWN, score=None, reason="connection refused"
-            )
-            return Judged(lease=lease.lease, verdicts=((down, *rows[0][1:]), *rows[1:]))
+            refused = [
+                tuple(msgspec.structs.replace(v, reason="connection refused") for v in _down(row))
+                for row in rows
+            ]
+            return Judged(lease=lease.lease, verdicts=tuple(refused))
 
         judge.handle = handle  # type: ignore[method-assign]
         async with running(config, tmp_path) as (queue, address), connected(address, StubRollout(), judge):

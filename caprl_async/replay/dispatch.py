@@ -85,8 +85,9 @@ class Dispatch:
             if wrong:
                 self._fail(work, wrong, now)
                 return
-            if down := judge_down(message.verdicts):
-                self.breakers[work.serves].failed(down, now)
+            down = judge_down(message.verdicts)
+            if down is not None and down.whole:
+                self.breakers[work.serves].failed(down.reason, now)
             else:
                 self.breakers[work.serves].answered()
             work.owner.judged(work, message.verdicts, now)

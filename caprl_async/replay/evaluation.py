@@ -233,11 +233,14 @@ class EvalRun:
 
     def judged(self, work: JudgeWork, verdicts: Verdicts, now: float) -> None:
         item = self._items[work.rotation]
-        if down := judge_down(verdicts):
-            self._on_error(work.key, down)
-            self._to_judge.append((now + _BACKOFF_S, item, work.serves))
-        else:
-            item.verdicts[work.serves] = verdicts[0]
+        down = judge_down(verdicts)
+        if down is not None:
+            self._on_error(work.key, down.reason)
+            item.failures += not down.whole
+            if item.failures < self._config.replay.max_attempts:
+                self._to_judge.append((now + _BACKOFF_S, item, work.serves))
+                return
+        item.verdicts[work.serves] = verdicts[0]
 
     def failed(self, work: Work, reason: str, now: float, *, lost: bool = False) -> None:
         item = self._items[work.prompt.index if isinstance(work, GenerateWork) else work.rotation]
@@ -316,7 +319,7 @@ class EvalRun:
                 kind.value: self._accuracy([pair for pair in scored if pair[0].kind is kind])
                 for kind in sorted(kinds, key=lambda kind: kind.value)
             },
-            unscored=sum(v.outcome is Outcome.UNSCORABLE for _, v in pairs),
+            unscored=sum(v.outcome in (Outcome.UNSCORABLE, Outcome.JUDGE_DOWN) for _, v in pairs),
         )
 
     def _accuracy(self, scored: Sequence[tuple[Question, Verdict]]) -> Accuracy:

@@ -69,6 +69,7 @@ class TrainFlow:
         self.cursor = cursor  # index of the next prompt to admit
         self._base = version.step
         self._taken = 0
+        self._judged = 0  # groups with an answer
         self._lives: dict[int, Life] = {}
         self._prepared: deque[Prepared] = deque()
         self._again: list[Life] = []  # to be captioned (again), before any new prompt
@@ -115,10 +116,13 @@ class TrainFlow:
             self.cursor = prepared.index + 1
             life = self._new_life(prepared, 0)
             self._record(life, Event.ADMITTED, self.version, row_id=prepared.row.row_id)
-            if prepared.image is not None:
+            if prepared.image is None:
+                self._on_error(f"row {prepared.row.row_id}", prepared.error)
+                self._evict(life, Evicted.BAD_ROW)
+            elif not life.questions:
+                self._evict(life, Evicted.NOT_ASKED)
+            else:
                 return life
-            self._on_error(f"row {prepared.row.row_id}", prepared.error)
-            self._evict(life, Evicted.BAD_ROW)
         return None
 
     def _new_life(self, prepared: Prepared, attempt: int) -> Life:
@@ -181,10 +185,16 @@ class TrainFlow:
         if life is None or life.group is None:
             return
         if down := judge_down(verdicts):
-            self._on_error(work.key, down)
-            life.not_before = now + 4 * _BACKOFF_S
-            self._to_judge.append(life)
-            return
+            self._on_error(work.key, down.reason)
+            # In an outage nobody is to blame; where others are answered meanwhile, it is this group.
+            own = not down.whole or (life.judged_then is not None and self._judged > life.judged_then)
+            life.failures += own
+            life.judged_then = self._judged
+            if life.failures < self._replay.max_attempts:
+                life.not_before = now + 4 * _BACKOFF_S
+                self._to_judge.append(life)
+                return
+        self._judged += 1
         judgement = score_group(life, verdicts, self._config)
         scored = judgement.scored
         self._tally.judged(judgement.missing, totals(scored) if scored is not None else [])

@@ -45,6 +45,7 @@ class Life:
     row: Row
     asked: Allotted
     failures: int = 0
+    judged_then: int | None = None  # groups that had been answered when its judge was last down
     not_before: float = 0.0
     group: CaptionGroup | None = None
 

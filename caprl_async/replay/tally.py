@@ -18,6 +18,7 @@ _REMEDIES = {
     Evicted.FILTERED: "all captions of a group got equal rewards: can this judge answer in this judge.mode?",
     Evicted.UNSCORABLE: "the judge could not score them: look at judge.*, reward.* and the questions",
     Evicted.FAILED: "they failed too often",
+    Evicted.NOT_ASKED: "all their questions are about absent things, and reward.absent is 0",
     Evicted.BAD_ROW: "their images cannot be read: look at data.train and data.image_dir",
 }
 

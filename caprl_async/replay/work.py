@@ -107,8 +107,19 @@ def wrong_verdicts(work: JudgeWork, verdicts: Verdicts) -> str | None:
     return None
 
 
-def judge_down(verdicts: Verdicts) -> str | None:
-    """Why a verdict could not be had, if one could not: the whole group is judged again."""
-    every = (verdict for row in verdicts for verdict in row)
+@dataclass(frozen=True)
+class Down:
+    """Verdicts that could not be had: the group is judged again."""
+
+    reason: str
+    whole: bool  # the judge answered nothing at all; else it is up, and some of its answers are missing
+
+
+def judge_down(verdicts: Verdicts) -> Down | None:
+    """Whether a verdict could not be had, and why."""
+    every = [verdict for row in verdicts for verdict in row]
     down = next((verdict for verdict in every if verdict.outcome is Outcome.JUDGE_DOWN), None)
-    return None if down is None else f"judge down: {down.reason or 'it did not say why'}"
+    if down is None:
+        return None
+    whole = not any(verdict.outcome is Outcome.SCORED for verdict in every)
+    return Down(f"judge down: {down.reason or 'it did not say why'}", whole)

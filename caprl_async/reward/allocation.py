@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, pvariance
+from statistics import pvariance
 
 import msgspec
 
@@ -30,6 +30,7 @@ class Spreads:
 
     def __init__(self, known: Iterable[tuple[str, float]] = ()) -> None:
         self._variances = dict(known)
+        self._sum = math.fsum(self._variances.values())
 
     def learn(self, questions: Sequence[Question], verdicts: Sequence[Sequence[Verdict]]) -> None:
         """Takes in the verdicts [caption][question] of one group."""
@@ -42,10 +43,11 @@ class Spreads:
             new = pvariance(found)
             mixed = new if old is None else old + _MEMORY * (new - old)
             self._variances[question.question_id] = mixed
+            self._sum += mixed - (old or 0.0)
 
     def deviations(self, questions: Sequence[Question]) -> list[float]:
         """Of each question's score between captions; one not seen yet has the mean of all that were."""
-        known = fmean(self._variances.values()) if self._variances else 1.0
+        known = max(0.0, self._sum) / len(self._variances) if self._variances else 1.0
         return [math.sqrt(self._variances.get(q.question_id, known)) + _LEAST for q in questions]
 
     def state(self) -> list[tuple[str, float]]:
@@ -69,7 +71,8 @@ def allot(questions: Sequence[Question], wanted: int, seed: str, spreads: Spread
     Question q is drawn with probability pi_q, proportional to w_q and, with `spreads`, to the deviation of
     its score (Neyman's allocation), at most 1. It counts with w_q / pi_q (Horvitz and Thompson, JASA 1952),
     so that the expectation of sum_q (w_q / pi_q) s_q / sum of all w is the weighted mean over all questions.
-    Drawn by weight alone, the drawn weights add up to those of all questions and `scale` is 1.
+    Drawn by weight alone, the drawn weights add up to those of all questions and `scale` is 1. Weights that
+    change after the draw (`reward.blind`) make it a ratio of two estimates, which is only nearly unbiased.
     """
     if not wanted or wanted >= len(questions):
         return Allotted(tuple(questions))
