@@ -174,7 +174,7 @@ class RewardParts(Struct, frozen=True):
     """One caption's reward and the terms it is made of; `total` is None if the quorum was missed."""
 
     total: float | None  # the terms times their weights, added
-    accuracy: float | None  # 0..1
+    accuracy: float | None  # 0..1; with `data.adaptive_questions` it may pass 1, and is right on average
     length: float  # 0..1
     format: float  # 0..1
     cost: float  # thousands of tokens

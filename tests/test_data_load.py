@@ -35,6 +35,9 @@ def question(choices: Any, answer: Any, stem: Any = "what?") -> Any:
         ["(A) red", "(B) blue"],
         ["red", "blue"],
         [" A)red", "B)  blue "],
+        ["A: red", "B: blue"],
+        ["[A] red", "[B] blue"],
+        ["A\uff09 red", "\uff08B\uff09 blue"],
     ],
 )
 @pytest.mark.parametrize("answer", ["B", "B)", "(B)", "B.", "blue", "B) blue", " Blue "])
@@ -43,6 +46,22 @@ def test_letter_forms(choices: list[str], answer: str) -> None:
     assert built.choices == ("red", "blue")
     assert built.answer == 1
     assert built.kind is QuestionKind.FACT
+
+
+def test_small_letters_are_letters_if_all_are() -> None:
+    built = question(["b) blue", "a) red"], "b")
+    assert (built.choices, built.answer) == (("blue", "red"), 0)
+    assert question(["a", "b"], "b").choices == ("a", "b")
+
+
+@pytest.mark.parametrize("choices", [["10\u00b2", "102"], ["x\u2081", "x1"], ["\u2460", "1"]])
+def test_options_that_read_differently_are_different(choices: list[str]) -> None:
+    assert question(choices, "A").choices == tuple(choices)
+
+
+def test_what_looks_like_options_in_a_stem_stays_in_it() -> None:
+    stem, options = split_options("Look.\nA. Smith holds what?\nA) red\nB) blue")
+    assert (stem, options) == ("Look.\nA. Smith holds what?", ["A) red", "B) blue"])
 
 
 def test_letters_inside_the_texts_stay() -> None:
@@ -73,6 +92,9 @@ def test_a_name_that_looks_like_a_letter_stays_whole() -> None:
         (["red", "\u200b"], "A", "q?", "empty_choice"),  # nothing to be seen
         (["red", "blue"], "A", "\u2060 \u200b", "empty_question"),
         (["\uff52\uff45\uff44", "red"], "red", "q?", "duplicate_options"),  # full-width
+        (["A) red", "B) blue", "C green"], "A", "q?", "malformed_letters"),
+        (["A) red", "B) blue", "green"], "A", "q?", "malformed_letters"),
+        (["A) blue", "B) red"], "A) red", "q?", "contradictory_answer"),
     ],
 )
 def test_a_bad_question_says_why(choices: Any, answer: Any, stem: str, reason: str) -> None:
@@ -98,7 +120,7 @@ def test_questions_may_carry_weights() -> None:
     entry = {"question": "q?", "choices": ["red", "blue"], "answer": "A"}
     assert from_mapping("q", entry, ABSTAIN).weight == 1.0
     assert from_mapping("q", {**entry, "weight": 3}, ABSTAIN).weight == 3.0
-    for weight in (0, -1, "2", True, float("nan"), float("inf")):
+    for weight in (0, -1, "2", True, float("nan"), float("inf"), 10**400, 1e300):
         with pytest.raises(BadQuestion, match="bad_weight"):
             from_mapping("q", {**entry, "weight": weight}, ABSTAIN)
 

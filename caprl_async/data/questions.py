@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import math
 import re
 import string
 import unicodedata
@@ -17,10 +16,13 @@ from caprl_async.types import Question, QuestionKind
 MAX_CHOICES = 25
 """With the abstain option there are 26 options, one per letter."""
 
-_LABEL = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])[).])\s*")
+_OPEN, _CLOSE = "(\\[（［", ")\\].:）］．："
+_LABEL = re.compile(rf"\s*(?:[{_OPEN}]([A-Za-z])[{_CLOSE}]|([A-Za-z])[{_CLOSE}])\s*")
 _OPTION_LINE = re.compile(r"\s*(?:[-*]\s+)?((?:\([A-Z]\)|[A-Z][).])\s*.*)")
-_ANSWER_LETTER = re.compile(r"\s*\(?([A-Z])[).]?\s*")
+_ANSWER_LETTER = re.compile(rf"\s*[{_OPEN}]?([A-Za-z])[{_CLOSE}]?\s*")
 _LETTERS = string.ascii_uppercase
+_WEIGHTS = 1e-6, 1e6
+_ZERO_WIDTH = "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"
 
 
 def build_question(
@@ -47,8 +49,7 @@ def build_question(
     if len(set(same)) < len(same):
         raise BadQuestion("duplicate_options", repr(texts)[:200])
     absent = [text == _same(abstain) for text in same]
-    said = _LABEL.sub("", answer, count=1) if isinstance(answer, str) else ""
-    unlisted = not any(absent) and _same(said) == _same(abstain)
+    unlisted = not any(absent) and isinstance(answer, str) and _says(answer, abstain)
     gold = None if unlisted else _gold(answer, letters, same)
     kept = tuple(text for text, away in zip(texts, absent, strict=True) if not away)
     if not kept:
@@ -69,9 +70,16 @@ def build_question(
 def _weight(value: Any) -> float:
     if value is None:
         return 1.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise BadQuestion("bad_weight", f"weight {value!r} must be a number above 0")
+    low, high = _WEIGHTS
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise BadQuestion("bad_weight", f"weight {str(value)[:40]} must be a number from {low:g} to {high:g}")
     return float(value)
+
+
+def _says(answer: str, abstain: str) -> bool:
+    """True if the answer is the abstain text, with or without a letter before it."""
+    label = _LABEL.match(answer)
+    return _same(abstain) in (_same(answer), _same(answer[label.end() :]) if label else "")
 
 
 def strip_letters(choices: Sequence[str]) -> tuple[str, list[str]]:
@@ -79,11 +87,22 @@ def strip_letters(choices: Sequence[str]) -> tuple[str, list[str]]:
 
     Letters are taken off only if the choices carry exactly the first n letters: "A. Lincoln" among plain
     names stays whole. Choices without letters are lettered by position.
+
+    Raises:
+        BadQuestion: several choices carry their own letter, but not all do: after a shuffle the letters left in
+            the texts would lie.
     """
     matches = [_LABEL.match(choice) for choice in choices]
     found = "".join((match.group(1) or match.group(2)) for match in matches if match)
-    if sorted(found) == list(_LETTERS[: len(choices)]):
-        return found, [c[m.end() :].strip() for c, m in zip(choices, matches, strict=True) if m]
+    for letters in (_LETTERS, _LETTERS.lower()):
+        if sorted(found) == list(letters[: len(choices)]):
+            return found, [c[m.end() :].strip() for c, m in zip(choices, matches, strict=True) if m]
+    own = sum(
+        match is not None and (match.group(1) or match.group(2)).upper() == letter
+        for match, letter in zip(matches, _LETTERS, strict=False)
+    )
+    if own > 1:
+        raise BadQuestion("malformed_letters", repr(choices)[:200])
     return _LETTERS[: len(choices)], [choice.strip() for choice in choices]
 
 
@@ -93,7 +112,10 @@ def split_options(text: str) -> tuple[str, list[str]]:
     options: list[str] = []
     for line in text.splitlines():
         match = _OPTION_LINE.fullmatch(line)
-        if match and match.group(1).lstrip("(")[0] == _LETTERS[min(len(options), 25)]:
+        letter = match.group(1).lstrip("(")[0] if match else ""
+        if match and letter == "A" and options:  # what looked like options belongs to the stem
+            stem, options = [*stem, *options], []
+        if match and letter == _LETTERS[min(len(options), 25)]:
             options.append(match.group(1))
         elif options and line.strip():
             options[-1] += " " + line.strip()
@@ -177,8 +199,9 @@ def _visible(text: str) -> str:
 
 def _same(text: str) -> str:
     """Equal for texts that a reader takes for the same option."""
-    plain = unicodedata.normalize("NFKC", _visible(text))
-    return " ".join(plain.split()).casefold().rstrip(".") or text
+    kept = (c for c in text if c not in _ZERO_WIDTH)
+    narrow = "".join(unicodedata.normalize("NFKC", c) if "\uff00" <= c <= "\uffef" else c for c in kept)
+    return " ".join(narrow.split()).casefold().rstrip(".") or text
 
 
 def _gold(answer: Any, letters: str, same: list[str]) -> int:
@@ -190,5 +213,9 @@ def _gold(answer: Any, letters: str, same: list[str]) -> int:
     if (match := _ANSWER_LETTER.fullmatch(stripped)) and match.group(1) in letters:
         return letters.index(match.group(1))
     if (match := _LABEL.match(stripped)) and _same(stripped[match.end() :]) in same:
-        return same.index(_same(stripped[match.end() :]))
+        named = same.index(_same(stripped[match.end() :]))
+        letter = match.group(1) or match.group(2)
+        if letter in letters and letters.index(letter) != named:
+            raise BadQuestion("contradictory_answer", f"{answer!r}: that letter is another option")
+        return named
     raise BadQuestion("gold_not_an_option", f"answer {answer!r}, options {letters!r}")
