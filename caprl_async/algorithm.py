@@ -21,7 +21,7 @@ from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME, NUM_ENV_STEP
 from ray.tune import PlacementGroupFactory
 
 from caprl_async.config import Config
-from caprl_async.replay.evaluation import heldout_spec
+from caprl_async.replay.eval_spec import heldout_spec
 from caprl_async.ring.actors import roster
 from caprl_async.ring.supervisor import Supervisor
 

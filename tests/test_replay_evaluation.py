@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from replay_kit import StubJudge, StubRollout, connected, make_config, run, running, shuffled, write_data
 
-from caprl_async.replay.evaluation import EvalError, EvalSpec
+from caprl_async.replay.eval_spec import EvalError, EvalSpec
 from caprl_async.types import Version
 
 

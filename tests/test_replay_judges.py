@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,9 @@ def test_with_a_hung_judge_nothing_more_is_captioned_until_one_answers(tmp_path:
     async def whole() -> None:
         config = make_config(tmp_path)
         config.replay.peer_timeout_s = 2.0
+        config.replay.max_staleness = 50
         rollout, hung = StubRollout(), StubJudge()
+        rollout.delay = lambda: 0.2
         async with running(config, tmp_path) as (queue, address), connected(address, rollout):
             learner = StubLearner(address)
             async with bare_socket(address, "hung") as socket:
@@ -86,8 +89,9 @@ def test_with_a_hung_judge_nothing_more_is_captioned_until_one_answers(tmp_path:
                 while not (down := (await queue.status())["judges_down"]):
                     await asyncio.sleep(0.05)
                 assert list(down) == ["judge"]
+                assert (await queue.status())["capacity"] > 0
                 captioned = len(rollout.seen)
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(1.0)
                 assert len(rollout.seen) == captioned
             async with connected(address, StubJudge("judge-1")):
                 assert _is_honest(await learner.batch(Version(0, 0)))
@@ -95,8 +99,8 @@ def test_with_a_hung_judge_nothing_more_is_captioned_until_one_answers(tmp_path:
             assert status["judges_down"] == {}
             assert status["metrics"]["judge_outages"] >= 1
             told = [error["error"] for error in status["errors"] if error["source"] == "judge"]
-            assert any("admission is paused" in text for text in told)
-            assert any("admission goes on" in text for text in told)
+            assert any("judges do not answer" in text for text in told)
+            assert any("judges answer again" in text for text in told)
 
     run(whole())
 
@@ -116,7 +120,8 @@ def test_an_answer_that_comes_too_late_counts_nothing(tmp_path: Path) -> None:
                 wrong = [
                     [msgspec.structs.replace(v, score=1.0) for v in row] for row in answer.verdicts or ()
                 ]
-                await asyncio.sleep(1.0)
+                with suppress(asyncio.CancelledError):  # told that it is too late, it answers all the same
+                    await asyncio.sleep(1.5)
                 return Judged(lease=lease.lease, verdicts=tuple(map(tuple, wrong)))
             return answer
 

@@ -37,7 +37,7 @@ def image(*scores: float | None, absent: float | None = None) -> list[tuple[Ques
 
 
 def test_gaps_are_differences_of_means_and_silent_until_there_is_enough() -> None:
-    probe = Probe(absent=1.0)
+    probe = Probe(absent=1.0, images=4)
     probe.trained_on(0.9)
     probe.take({"judge": [image(0.5, 1.0)] * 31, "heldout": [image(0.5)] * 31})
     assert all(math.isnan(value) for value in probe.metrics().values())
@@ -52,16 +52,16 @@ def test_gaps_are_differences_of_means_and_silent_until_there_is_enough() -> Non
 
 
 def test_what_is_not_scored_does_not_count_and_absent_questions_weigh_as_in_the_reward() -> None:
-    probe = Probe(absent=3.0)
+    probe = Probe(absent=3.0, images=4)
     probe.take({"judge": [image(0.0, None, absent=1.0)] * 32 + [image(None)]})
     assert probe.metrics()["heldout_score"] == pytest.approx(0.75)
-    without = Probe(absent=0.0)
+    without = Probe(absent=0.0, images=4)
     without.take({"judge": [image(0.25, absent=1.0)] * 32})
     assert without.metrics()["heldout_score"] == pytest.approx(0.25)
 
 
 def test_a_probe_goes_into_a_checkpoint_and_back() -> None:
-    probe, other = Probe(1.0), Probe(1.0)
+    probe, other = Probe(1.0, 4), Probe(1.0, 4)
     probe.trained_on(0.5)
     probe.take({"judge": [image(1.0)] * 40, "heldout": [image(0.5)] * 40})
     other.restore(probe.state())

@@ -89,8 +89,8 @@ def strip_letters(choices: Sequence[str]) -> tuple[str, list[str]]:
     names stays whole. Choices without letters are lettered by position.
 
     Raises:
-        BadQuestion: several choices carry their own letter, but not all do: after a shuffle the letters left in
-            the texts would lie.
+        BadQuestion: several choices carry their own letter, but not all do: after a shuffle the letters left
+            in the texts would lie.
     """
     matches = [_LABEL.match(choice) for choice in choices]
     found = "".join((match.group(1) or match.group(2)) for match in matches if match)

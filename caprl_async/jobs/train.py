@@ -23,7 +23,7 @@ from caprl_async.observe.overlap import overlap_from_ledger
 from caprl_async.observe.progress import Progress
 from caprl_async.observe.report import write_report
 from caprl_async.observe.table import Row, print_table, reference_length, write_result
-from caprl_async.replay.evaluation import heldout_spec
+from caprl_async.replay.eval_spec import heldout_spec
 from caprl_async.ring import cluster
 from caprl_async.ring.supervisor import Supervisor
 from caprl_async.types import FOREIGN

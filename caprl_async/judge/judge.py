@@ -95,9 +95,11 @@ class Judge:
         verdicts = {key: verdict for key in keys.values() if (verdict := self.cache.get(key)) is not None}
         unknown = {place: key for place, key in keys.items() if key not in verdicts}
         answers = await self._asker.ask([(askings[i], caption) for caption, i in unknown])
+        # Kept only whole: asked again, a group that was cut off shows afresh whether its judge answers.
+        whole = all(verdict.outcome is not Outcome.JUDGE_DOWN for verdict in answers)
         for key, verdict in zip(unknown.values(), answers, strict=True):
             verdicts[key] = verdict
-            if verdict.outcome is Outcome.SCORED:
+            if whole and verdict.outcome is Outcome.SCORED:
                 self.cache.put(key, verdict)
         return tuple(
             tuple(p if isinstance(p, Verdict) else verdicts[keys[caption, i]] for i, p in enumerate(plan))

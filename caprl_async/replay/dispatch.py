@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from caprl_async.config import ReplayConfig
@@ -87,20 +87,24 @@ class Dispatch:
                 return
             down = judge_down(message.verdicts)
             if down is not None and down.whole:
-                self.breakers[work.serves].failed(down.reason, now)
+                self._breaker(work.serves).failed(work, down.reason, now)
             else:
-                self.breakers[work.serves].answered()
+                self._breaker(work.serves).answered(work)
             work.owner.judged(work, message.verdicts, now)
         else:
             self._fail(work, "an answer of the wrong kind or without content", now)
 
     def _fail(self, work: Work, reason: str, now: float, *, lost: bool = False) -> None:
         if isinstance(work, JudgeWork):
-            self.breakers[work.serves].failed(reason, now)
+            self._breaker(work.serves).failed(work, reason, now)
         work.owner.failed(work, reason, now, lost=lost)
 
-    def expire(self, waiting: Iterable[str], now: float) -> None:
-        """Takes back what has waited too long or lies with a silent peer; `waiting`: judges with work to do.
+    def expire(self, waiting: Collection[str], needed: Collection[str], now: float) -> None:
+        """Takes back what has waited too long or lies with a silent peer.
+
+        Args:
+            waiting: judges with work to do.
+            needed: judges without which the run cannot go on.
 
         Raises:
             JudgesDown: judges have been silent for too long.
@@ -111,15 +115,15 @@ class Dispatch:
         for serves in waiting:
             if not self.leases.anyone(serves):
                 self._breaker(serves).nobody(now)
-        for breaker in self.breakers.values():
-            breaker.check(now)
+        for serves in needed:
+            self._breaker(serves).check(now)
 
     def revoke(self, unwanted: Callable[[Work], bool]) -> None:
         """Takes back work that nobody wants any more; its owner hears nothing."""
         for held in self.leases.revoke(unwanted):
             self._revoke(held)
             if isinstance(held.work, JudgeWork):
-                self.breakers[held.work.serves].withdrawn()
+                self._breaker(held.work.serves).withdrawn(held.work)
 
     def _revoke(self, held: Held) -> None:
         peer = self.leases.peers[held.peer]
@@ -175,7 +179,7 @@ class Dispatch:
         breaker = self._breaker(peer.hello.serves)
         work = owner.next_judge(peer.hello.name, peer.hello.serves, now) if breaker.may_give(now) else None
         if work is not None:
-            breaker.given()
+            breaker.given(work)
         return work
 
     def _breaker(self, serves: str) -> Breaker:

@@ -7,13 +7,14 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any
 
 import msgspec
 
 from caprl_async.config import Config
 from caprl_async.data.rows import Dataset
-from caprl_async.replay.lives import Prepared
+from caprl_async.replay.eval_spec import Accuracy, EvalError, EvalResult, EvalSpec, JudgeResult
+from caprl_async.replay.lives import OUTAGE_ATTEMPTS, Prepared
 from caprl_async.replay.metrics import mean
 from caprl_async.replay.work import GenerateWork, JudgeWork, Verdicts, Work, judge_down
 from caprl_async.types import (
@@ -23,84 +24,11 @@ from caprl_async.types import (
     Prompt,
     Purpose,
     Question,
-    Sampling,
-    Struct,
     Verdict,
     Version,
 )
 
 _BACKOFF_S = 1.0
-
-
-class EvalError(ValueError):
-    """An evaluation that cannot be done as asked; the message says what to set."""
-
-
-class EvalSpec(Struct, frozen=True):
-    """What to measure. A judge answers the questions of its own file about the same captions."""
-
-    name: str  # of the evaluation; also of its file run_dir/evals/<name>.jsonl
-    source: Literal["policy", "reference", "blind"] = (
-        "policy"  # sampled, from the data set, or empty captions
-    )
-    images: int = 0  # the first so many held-out rows; 0: all
-    sampling: Sampling = Sampling(n=1, temperature=1.0, max_tokens=1024)  # of the policy's captions
-    version: Version | None = None  # caption only under exactly these weights
-    judges: tuple[str, ...] = ("judge",)
-
-
-def heldout_spec(
-    config: Config,
-    name: str,
-    source: Literal["policy", "reference", "blind"] = "policy",
-    *,
-    min_tokens: int = 0,
-    version: Version | None = None,
-) -> EvalSpec:
-    """What `evaluate.*` says: the held-out images, one caption each, every judge that there is."""
-    evaluate = config.evaluate
-    sampling = Sampling(
-        n=1,
-        temperature=evaluate.temperature,
-        max_tokens=config.rollout.max_tokens,
-        min_tokens=min_tokens,
-        seed=config.seed,
-    )
-    return EvalSpec(
-        name=name,
-        source=source,
-        images=evaluate.images,
-        sampling=sampling,
-        version=version,
-        judges=("judge", "heldout") if evaluate.heldout_judge.model else ("judge",),
-    )
-
-
-class Accuracy(TypedDict):
-    """Over scored questions, each counting the same."""
-
-    accuracy: float  # share whose most likely option is the right one
-    score: float  # mean probability of the right option
-    n: int
-
-
-class JudgeResult(Accuracy):
-    kinds: dict[str, Accuracy]  # by kind of question
-    unscored: int
-
-
-class EvalResult(TypedDict):
-    """Plain data; NaN where there was nothing to take a mean of."""
-
-    name: str
-    images: int
-    failed: int  # images without a caption or without verdicts after `max_attempts`
-    judges: dict[str, JudgeResult]
-    length: float | None  # mean tokens per caption; None where the captions are not the policy's
-    truncated: float  # share of captions cut at max_tokens
-    facts: dict[str, float] | None  # precision, recall over all captions; None without evaluate.program
-    program_faults: int  # captions at which evaluate.program failed; not in `facts`
-    program_fault: str  # the last of them; empty without one
 
 
 @dataclass
@@ -114,6 +42,8 @@ class Item:
     verdicts: dict[str, tuple[Verdict, ...]] = field(default_factory=dict)
     attempt: int = 0
     failures: int = 0
+    downs: int = 0  # how often a judge failed, whoever was to blame
+    judged_then: int | None = None  # items that had been answered when it last did
     failed: str = ""
     facts: dict[str, int] | None = None
 
@@ -140,6 +70,7 @@ class EvalRun:
         self._items = [Item(row) for row in prepared]
         self._to_caption: list[tuple[float, Item]] = []  # not before, item
         self._to_judge: list[tuple[float, Item, str]] = []
+        self._judged = 0  # answers of judges
         self._program_faults, self._program_fault = 0, ""
         self._program = _load_program(config.evaluate.program)
         for judge, dataset in questions.items():
@@ -234,26 +165,42 @@ class EvalRun:
     def judged(self, work: JudgeWork, verdicts: Verdicts, now: float) -> None:
         item = self._items[work.rotation]
         down = judge_down(verdicts)
-        if down is not None:
-            self._on_error(work.key, down.reason)
-            item.failures += not down.whole
-            if item.failures < self._config.replay.max_attempts:
-                self._to_judge.append((now + _BACKOFF_S, item, work.serves))
-                return
-        item.verdicts[work.serves] = verdicts[0]
+        if down is None:
+            item.verdicts[work.serves] = verdicts[0]
+            self._judged += 1
+            return
+        self._on_error(work.key, down.reason)
+        if self._may_ask_again(item, own=not down.whole):
+            self._to_judge.append((now + _BACKOFF_S, item, work.serves))
+        elif down.whole:
+            item.failed = down.reason
+        else:
+            item.verdicts[work.serves] = verdicts[0]
 
     def failed(self, work: Work, reason: str, now: float, *, lost: bool = False) -> None:
         item = self._items[work.prompt.index if isinstance(work, GenerateWork) else work.rotation]
         self._on_error(self._key(item), reason)
-        item.failures += 1
         not_before = now if lost else now + _BACKOFF_S
+        if isinstance(work, JudgeWork):
+            if self._may_ask_again(item, own=False):
+                self._to_judge.append((not_before, item, work.serves))
+            else:
+                item.failed = reason
+            return
+        item.failures += 1
         if item.failures >= self._config.replay.max_attempts:
             item.failed = reason
-        elif isinstance(work, GenerateWork):
+        else:
             item.attempt += 1
             self._to_caption.append((not_before, item))
-        else:
-            self._to_judge.append((not_before, item, work.serves))
+
+    def _may_ask_again(self, item: Item, *, own: bool) -> bool:
+        """As `TrainFlow` has it, among the items of this evaluation."""
+        item.failures += own or (item.judged_then is not None and self._judged > item.judged_then)
+        item.judged_then = self._judged
+        item.downs += 1
+        most = self._config.replay.max_attempts
+        return item.failures < most and item.downs < OUTAGE_ATTEMPTS * most
 
     def _key(self, item: Item) -> str:
         return f"eval/{self.spec.name}/{item.prepared.index}"

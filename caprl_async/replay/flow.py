@@ -15,6 +15,7 @@ from caprl_async.config import Config
 from caprl_async.replay.admission import capacity, may_caption
 from caprl_async.replay.ledger import Event, Ledger, LedgerError
 from caprl_async.replay.lives import (
+    OUTAGE_ATTEMPTS,
     Cut,
     Life,
     Prepared,
@@ -186,11 +187,7 @@ class TrainFlow:
             return
         if down := judge_down(verdicts):
             self._on_error(work.key, down.reason)
-            # In an outage nobody is to blame; where others are answered meanwhile, it is this group.
-            own = not down.whole or (life.judged_then is not None and self._judged > life.judged_then)
-            life.failures += own
-            life.judged_then = self._judged
-            if life.failures < self._replay.max_attempts:
+            if self._may_ask_again(life, own=not down.whole):
                 life.not_before = now + 4 * _BACKOFF_S
                 self._to_judge.append(life)
                 return
@@ -216,15 +213,32 @@ class TrainFlow:
             return
         self._on_error(work.key, reason)
         self._tally.last_failure = reason
-        life.failures += 1
-        wait = min(_BACKOFF_MAX_S, _BACKOFF_S * 2 ** (life.failures - 1))
+        wait = min(_BACKOFF_MAX_S, _BACKOFF_S * 2**life.failures)
         life.not_before = now if lost else now + wait
-        if life.failures >= self._replay.max_attempts:
-            self._evict(life, Evicted.FAILED)
-        elif isinstance(work, GenerateWork):
+        if isinstance(work, JudgeWork):
+            if self._may_ask_again(life, own=False):
+                self._to_judge.append(life)
+            else:
+                self._evict(life, Evicted.FAILED)
+            return
+        life.failures += 1
+        if life.failures < self._replay.max_attempts:
             self._retry(life, Retried.FAILED)
         else:
-            self._to_judge.append(life)
+            self._evict(life, Evicted.FAILED)
+
+    def _may_ask_again(self, life: Life, *, own: bool) -> bool:
+        """Counts a failure of the judge at this group; False if it has had enough.
+
+        In an outage no group is to blame. One is if the judge answered the rest of it (`own`), or other
+        groups since it failed at this one before; and where there are no others, if it fails very often.
+        """
+        blamed = own or (life.judged_then is not None and self._judged > life.judged_then)
+        life.judged_then = self._judged
+        life.failures += blamed
+        life.downs += 1
+        most = self._replay.max_attempts
+        return life.failures < most and life.downs < OUTAGE_ATTEMPTS * most
 
     # ------------------------------------------------------------ batches
 
@@ -365,6 +379,6 @@ class TrainFlow:
             if not own:  # a checkpoint taken into another run folder
                 self._record(life, Event.ADMITTED, version, row_id=prepared.row.row_id)
             self._retry(life, Retried.STALE)
-            if prepared.image is None:
+            if prepared.image is None or not life.questions:
                 self._again.remove(life)
-                self._evict(life, Evicted.BAD_ROW)
+                self._evict(life, Evicted.BAD_ROW if prepared.image is None else Evicted.NOT_ASKED)

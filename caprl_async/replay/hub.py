@@ -22,7 +22,8 @@ from caprl_async.data.load import load_rows
 from caprl_async.data.rows import Dataset, Reject, Row, append_rejects
 from caprl_async.data.sampler import PromptSampler
 from caprl_async.replay.dispatch import Dispatch
-from caprl_async.replay.evaluation import EvalError, EvalResult, EvalRun, EvalSpec, heldout_spec
+from caprl_async.replay.eval_spec import EvalError, EvalResult, EvalSpec, heldout_spec
+from caprl_async.replay.evaluation import EvalRun
 from caprl_async.replay.flow import Cut, Prepared, TrainFlow
 from caprl_async.replay.ledger import Event, Ledger, LedgerError
 from caprl_async.replay.probe import Probe
@@ -33,6 +34,7 @@ from caprl_async.types import BatchReply, BatchRequest, PeerMessage, Version
 
 _TICK_S = 0.02  # commits, acknowledgements, time-outs
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
+_PROBE = "probe "  # begins the names of probes, which no evaluation can have
 
 
 class HubFailed(RuntimeError):
@@ -75,8 +77,9 @@ class ReplayQueue:
         self._evals: dict[str, tuple[EvalRun, asyncio.Event]] = {}
         self._eval_data: dict[str, Dataset] = {}
         self._rates = Rates()
-        self._probe = Probe(config.reward.absent)
+        self._probe = Probe(config.reward.absent, config.evaluate.probe_images)
         self._probes = 0  # begun
+        self._probed: list[Row] | None = None  # the images that they take turns with
         self._probing: asyncio.Task[None] | None = None
 
     # ------------------------------------------------------------ life
@@ -126,10 +129,10 @@ class ReplayQueue:
         try:
             await loop
         except Exception as error:
-            self._failure = error
+            if self._failure is None:
+                self._failure = error
             for _, done in self._evals.values():
                 done.set()
-            raise
 
     def _check(self) -> None:
         if self._failure is not None:
@@ -164,12 +167,17 @@ class ReplayQueue:
             for identity, data in acks:
                 await self._socket.send(identity, data)
             now = time.time()
-            self._dispatch.expire(self._waiting_judges(), now)
+            self._dispatch.expire(self._waiting_judges(), self._needed_judges(), now)
             self._rates.tick(now, self._flow.captions_sampled)
             await self._pump()
 
     def _waiting_judges(self) -> set[str]:
         return self._flow.waiting_judges().union(*(run.waiting_judges() for run, _ in self._evals.values()))
+
+    def _needed_judges(self) -> set[str]:
+        """Without a held-out judge the run goes on, unless an evaluation that someone awaits needs it."""
+        awaited = (run for run, _ in self._evals.values() if not run.spec.name.startswith(_PROBE))
+        return {"judge"}.union(*(run.waiting_judges() for run in awaited))
 
     async def _prepare(self) -> None:
         """Puts the images of the next prompts into the store, ahead of their admission."""
@@ -218,7 +226,7 @@ class ReplayQueue:
         append_samples(self._run_dir / "samples.jsonl", cut, self._config.observe.samples_per_step)
         if self._config.observe.record_batches:
             record_batch(self._run_dir / "batches", cut)
-        self._probe.trained_on(self._flow.measured(cut.batch.version).numbers["accuracy_mean"])
+        self._probe.trained_on(self._flow.measured(cut.batch.version).numbers["accuracy_all_mean"])
         wanted = self._config.data.heldout and self._config.evaluate.probe_images
         if wanted and (self._probing is None or self._probing.done()):  # one at a time
             self._probing = asyncio.create_task(self._guard(self._probe_once()))
@@ -265,7 +273,7 @@ class ReplayQueue:
     async def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the queue, plain; call it between two learner steps."""
         self._check()
-        return {**self._flow.state(), "probe": self._probe.state()}
+        return {**self._flow.state(), "probe": self._probe.state(), "probes": self._probes}
 
     async def restore(self, state: dict[str, Any], version: Version) -> None:
         """Goes back to a `state`; `version` begins a new epoch. What was under way then is issued again.
@@ -279,7 +287,10 @@ class ReplayQueue:
         rows = [(index, self._sampler.row_at(index)) for index, _ in state["outstanding"]]
         again = await asyncio.to_thread(lambda: [self._put(self._train, index, row) for index, row in rows])
         self._flow.restore(state, version, again)
+        if self._probing is not None:  # of weights that are rolled back
+            self._probing.cancel()
         self._probe.restore(state["probe"])
+        self._probes = state["probes"]
         self._rates = Rates()
         self._inherited = False
         await self._pump()
@@ -307,6 +318,7 @@ class ReplayQueue:
         run, done = EvalRun(spec, self._config, prepared, questions, self._on_error), asyncio.Event()
         self._evals[spec.name] = (run, done)
         try:
+            self._check()
             await self._pump()
             await done.wait()
             self._check()
@@ -318,17 +330,21 @@ class ReplayQueue:
     async def _probe_once(self) -> None:
         """Captions the next few held-out images with the weights of the moment and has every judge ask."""
         count = self._config.evaluate.probe_images
-        spec = heldout_spec(self._config, f"probe {self._probes}")
+        spec = heldout_spec(self._config, f"{_PROBE}{self._probes}")
         seed = self._config.seed + count * self._probes  # new numbers for an image that comes again
-        spec = replace(spec, sampling=replace(spec.sampling, seed=seed))
+        sampling = replace(spec.sampling, seed=seed, temperature=self._config.rollout.temperature)
+        spec = replace(spec, sampling=sampling)
         data = await self._questions_of("judge")
-        others = [await self._questions_of(judge) for judge in spec.judges]
-        known = [row for row in data.rows if all(other.get(row.row_id) for other in others)]
+        if self._probed is None:
+            others = [await self._questions_of(judge) for judge in spec.judges]
+            rows = data.rows[: spec.images] if spec.images else data.rows
+            self._probed = [row for row in rows if all(other.get(row.row_id) for other in others)]
+        known = self._probed
         first = count * self._probes
-        rows = [known[(first + i) % len(known)] for i in range(min(count, len(known)))]
+        chosen = [known[(first + i) % len(known)] for i in range(min(count, len(known)))]
         self._probes += 1
-        if rows:
-            self._probe.take((await self._measure(spec, data, rows)).answers())
+        if chosen:
+            self._probe.take((await self._measure(spec, data, chosen)).answers())
 
     async def references(self) -> int:
         """How many held-out rows come with a reference caption."""

@@ -26,6 +26,9 @@ from caprl_async.types import (
     Verdict,
 )
 
+OUTAGE_ATTEMPTS = 4
+"""Times `replay.max_attempts`: how often one group is asked about while no other is answered."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -45,7 +48,8 @@ class Life:
     row: Row
     asked: Allotted
     failures: int = 0
-    judged_then: int | None = None  # groups that had been answered when its judge was last down
+    downs: int = 0  # how often its judge failed, whoever was to blame
+    judged_then: int | None = None  # groups that had been answered when it last did
     not_before: float = 0.0
     group: CaptionGroup | None = None
 

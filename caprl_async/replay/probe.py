@@ -18,22 +18,22 @@ from caprl_async.types import Outcome, Question, Verdict
 Answers = Sequence[tuple[Question, Verdict]]
 """The questions about one caption with a judge's verdicts."""
 
-_WINDOW = 64  # images, and batches, over which means are taken
+_WINDOW = 64  # images over which means are taken; for training, the batches that go with them
 _ENOUGH = 32  # images before anything is said
 
 
 class Probe:
-    """Scores of the images probed last, weighted as the reward weighs its questions."""
+    """Scores of the images probed last, with `reward.absent` in the weights; `reward.blind` is left out."""
 
-    def __init__(self, absent: float) -> None:
-        """`absent` is `reward.absent`."""
+    def __init__(self, absent: float, images: int) -> None:
+        """`absent` is `reward.absent`; `images` are probed with each batch."""
         self._absent = absent
         self._scores: dict[str, deque[float]] = {}  # judge -> per image
-        self._training: deque[float] = deque(maxlen=_WINDOW)
+        self._training: deque[float] = deque(maxlen=max(1, _WINDOW // max(1, images)))
         self._start: float | None = None  # judge minus held-out judge, at first
 
     def trained_on(self, accuracy: float) -> None:
-        """Takes in the mean accuracy of a batch."""
+        """Takes in the mean accuracy of the captions judged between two batches, filtered ones too."""
         if math.isfinite(accuracy):
             self._training.append(accuracy)
 
@@ -48,7 +48,7 @@ class Probe:
 
     def _score(self, image: Answers) -> float | None:
         pairs = [
-            (question.weight, verdict.score)
+            (question.weight * verdict.draws, verdict.score)
             for asked, verdict in image
             if verdict.outcome is Outcome.SCORED and verdict.score is not None
             for question in weighed([asked], self._absent)
@@ -85,5 +85,5 @@ class Probe:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes back to a `state`."""
         self._scores = {judge: deque(scores, _WINDOW) for judge, scores in state["scores"].items()}
-        self._training = deque(state["training"], _WINDOW)
+        self._training = deque(state["training"], self._training.maxlen)
         self._start = state["start"]

@@ -74,7 +74,7 @@ def status(flow: TrainFlow, dispatch: Dispatch, ledger: Ledger, rates: Rates) ->
             "queue_depth": float(depths["ready"]),
             **{f"queue_{name}": float(depth) for name, depth in depths.items()},
             **{f"idle_{name}": 1.0 - share for name, share in busy.items()},
-            "judge_outages": float(sum(breaker.openings for breaker in dispatch.breakers.values())),
+            "judge_outages": float(sum(breaker.outages for breaker in dispatch.breakers.values())),
             **{f"evicted_{name}": float(count) for name, count in flow.evicted.items()},
             **{f"retried_{name}": float(count) for name, count in flow.retried.items()},
         },

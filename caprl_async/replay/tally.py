@@ -1,9 +1,9 @@
-"""What has happened since the last batch was cut: the step's metrics, and when to give up filling one."""
+"""What happens between two batches: the step's metrics, and when to give up filling one."""
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from caprl_async.config import ReplayConfig
@@ -13,7 +13,8 @@ from caprl_async.replay.metrics import batch_metrics, mean
 from caprl_async.types import Evicted, Question, Retried, TrainBatch, Version
 
 _KEPT = 2  # batches whose metrics can be asked for
-_MISSING = 4096  # captions over which missing verdicts are related to length and reward
+_MISSING = 512  # groups over which missing verdicts are related to length and reward
+_READ = 256  # captions of a batch in which signs of reward hacking are looked for
 _REMEDIES = {
     Evicted.FILTERED: "all captions of a group got equal rewards: can this judge answer in this judge.mode?",
     Evicted.UNSCORABLE: "the judge could not score them: look at judge.*, reward.* and the questions",
@@ -36,8 +37,9 @@ class Measured:
     questions: Sequence[Sequence[Question]]  # of each group
 
     def metrics(self) -> dict[str, float]:
-        """Everything measured; reads every caption, which takes seconds for thousands of long ones."""
-        return {**self.numbers, **hacking_metrics(self.batch.groups, self.questions)}
+        """Everything measured; reads some of the captions, which takes up to half a second."""
+        some = -(-_READ // max(1, len(self.batch.groups[0].group.captions))) if self.batch.groups else 0
+        return {**self.numbers, **hacking_metrics(self.batch.groups[:some], self.questions[:some])}
 
 
 class Tally:
@@ -48,13 +50,15 @@ class Tally:
         self._evicted: Counter[Evicted] = Counter()
         self._retried: Counter[Retried] = Counter()
         self._rewards: list[float] = []
-        self._missing: deque[Missing] = deque(maxlen=_MISSING)
+        self._missing: deque[tuple[Missing, ...]] = deque(maxlen=_MISSING)
+        self._accuracies: list[float] = []
         self._metrics: dict[Version, Measured] = {}
         self.last_failure = ""
 
-    def judged(self, missing: Iterable[Missing], rewards: Sequence[float]) -> None:
+    def judged(self, missing: tuple[Missing, ...], rewards: Sequence[float]) -> None:
         """Verdicts on a group have come."""
-        self._missing.extend(missing)
+        self._missing.append(missing)
+        self._accuracies += [one.accuracy for one in missing if one.accuracy is not None]
         self._rewards.extend(rewards)
 
     def retried(self, reason: Retried) -> None:
@@ -85,6 +89,7 @@ class Tally:
             **batch_metrics(batch.groups, batch.version, self._config.max_staleness),
             **missing_metrics(self._missing),
             "reward_all_mean": mean(self._rewards),
+            "accuracy_all_mean": mean(self._accuracies),
             "zero_variance_groups": float(self._evicted[Evicted.FILTERED]),
             "unscorable_groups": float(self._evicted[Evicted.UNSCORABLE]),
             "failed_groups": float(self._evicted[Evicted.FAILED]),
@@ -92,7 +97,7 @@ class Tally:
             "failed_retries": float(self._retried[Retried.FAILED]),
         }
         self._metrics[batch.version] = Measured(numbers, batch, questions)
-        self._evicted, self._retried, self._rewards = Counter(), Counter(), []
+        self._evicted, self._retried, self._rewards, self._accuracies = Counter(), Counter(), [], []
         for old in sorted(self._metrics)[:-_KEPT]:
             del self._metrics[old]
 

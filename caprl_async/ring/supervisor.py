@@ -6,11 +6,12 @@ the actors over ZeroMQ and never come by.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import ray
@@ -19,7 +20,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError
 from caprl_async.conf import has_checkpoint
 from caprl_async.config import Config
 from caprl_async.learner.actor import LearnerActor, StepReport
-from caprl_async.replay.evaluation import EvalResult, EvalSpec
+from caprl_async.replay.eval_spec import EvalResult, EvalSpec
 from caprl_async.replay.hub import ReplayQueue
 from caprl_async.ring import cluster
 from caprl_async.ring.actors import HUB, Roster, reserve, roster, spawn
@@ -168,8 +169,9 @@ class Supervisor:
         """
         before = self.version
         self._next_word, self._next_look = _FIRST_WORD_S, _LOOK_S
+        explain = functools.partial(self._explain_wait, f"step {before.step + 1}")
         reports: list[StepReport] = self._get_all(
-            [handle.train_step.remote(before) for handle in self.learners], on_wait=self._explain_wait
+            [handle.train_step.remote(before) for handle in self.learners], on_wait=explain
         )
         report = reports[0]
         self.version = report.version
@@ -198,8 +200,10 @@ class Supervisor:
         if spec.source == "policy" and spec.version is None:
             # An engine that was restarted holds the start's weights until it has rejoined.
             spec = msgspec.structs.replace(spec, version=self._weights.wanted)
-        result: EvalResult = self._get(self.hub.evaluate.remote(spec))
-        return result
+        self._next_word, self._next_look = _FIRST_WORD_S, _LOOK_S
+        explain = functools.partial(self._explain_wait, f"evaluation {spec.name!r}")
+        (result,) = self._get_all([self.hub.evaluate.remote(spec)], on_wait=explain)
+        return cast(EvalResult, result)
 
     def has_references(self) -> bool:
         """True if held-out rows come with reference captions, which give the ceiling of the result table."""
@@ -332,8 +336,8 @@ class Supervisor:
                 self._watch.look(time.monotonic())
         return list(ray.get(refs))
 
-    def _explain_wait(self, seconds: float) -> None:
-        """Nobody should sit before a silent run: after a while says what the learner is waiting for.
+    def _explain_wait(self, what: str, seconds: float) -> None:
+        """Nobody should sit before a silent run: after a while says what is being waited for.
 
         It also finds a queue that has stopped, which would never answer the learner.
         """
@@ -347,12 +351,12 @@ class Supervisor:
         alive = {name: peer["alive"] for name, peer in status["peers"].items()}
         errors = "; ".join(f"{e['source']}: {e['error']}" for e in status["errors"][-3:]) or "none"
         down = "".join(
-            f"; nothing more is captioned, because no {serves} answers ({reason})"
-            for serves, reason in status["judges_down"].items()
+            f"; judges ({serves}) do not answer: {reason}" for serves, reason in status["judges_down"].items()
         )
+        held = "; nothing more is captioned" if "judge" in status["judges_down"] else ""
         self._say(
-            f"step {self.version.step + 1} has taken {seconds:.0f} s so far{down}; queue {status['queue']}, "
-            f"alive {alive}, last errors: {errors}"
+            f"{what} has taken {seconds:.0f} s so far{down}{held}; queue {status['queue']}, alive {alive}, "
+            f"last errors: {errors}"
         )
 
     def _explain(self, name: str, error: RayError) -> str:
