@@ -92,7 +92,7 @@ def _facts(
     done = int(rows[-1]["step"]) if rows else 0
     facts = [
         ("captioner", str(_at(conf, "policy", "model", "not recorded"))),
-        ("judge", str(_at(conf, "judge", "model", "not recorded"))),
+        ("judge", _judge_name(conf)),
         ("training data", str(_at(conf, "data", "train", "not recorded"))),
         ("steps", f"{done} of {conf.get('steps', '?')}"),
         ("seed", str(conf.get("seed", "?"))),
@@ -112,6 +112,12 @@ def _facts(
         ("report made", datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")),
         ("versions", ", ".join(versions)),
     ]
+
+
+def _judge_name(conf: Mapping[str, Any]) -> str:
+    endpoint = _at(conf, "judge", "endpoint", {})
+    served = f"{endpoint.get('model') or 'the model'} at {endpoint['url']}" if endpoint.get("url") else ""
+    return served or str(_at(conf, "judge", "model", "not recorded"))
 
 
 def _versions() -> list[str]:
