@@ -14,9 +14,9 @@ import msgspec
 from caprl_async.config import Config
 from caprl_async.data.rows import Dataset
 from caprl_async.replay.eval_spec import Accuracy, EvalError, EvalResult, EvalSpec, JudgeResult
-from caprl_async.replay.lives import OUTAGE_ATTEMPTS, Prepared
+from caprl_async.replay.lives import Prepared
 from caprl_async.replay.metrics import mean
-from caprl_async.replay.work import GenerateWork, JudgeWork, Verdicts, Work, judge_down
+from caprl_async.replay.work import GenerateWork, JudgeWork, Verdicts, Work, judge_down, may_ask_again
 from caprl_async.types import (
     CaptionGroup,
     Finish,
@@ -170,7 +170,7 @@ class EvalRun:
             self._judged += 1
             return
         self._on_error(work.key, down.reason)
-        if self._may_ask_again(item, own=not down.whole):
+        if may_ask_again(item, self._judged, self._config.replay.max_attempts, own=not down.whole):
             self._to_judge.append((now + _BACKOFF_S, item, work.serves))
         elif down.whole:
             item.failed = down.reason
@@ -182,7 +182,7 @@ class EvalRun:
         self._on_error(self._key(item), reason)
         not_before = now if lost else now + _BACKOFF_S
         if isinstance(work, JudgeWork):
-            if self._may_ask_again(item, own=False):
+            if may_ask_again(item, self._judged, self._config.replay.max_attempts):
                 self._to_judge.append((not_before, item, work.serves))
             else:
                 item.failed = reason
@@ -193,14 +193,6 @@ class EvalRun:
         else:
             item.attempt += 1
             self._to_caption.append((not_before, item))
-
-    def _may_ask_again(self, item: Item, *, own: bool) -> bool:
-        """As `TrainFlow` has it, among the items of this evaluation."""
-        item.failures += own or (item.judged_then is not None and self._judged > item.judged_then)
-        item.judged_then = self._judged
-        item.downs += 1
-        most = self._config.replay.max_attempts
-        return item.failures < most and item.downs < OUTAGE_ATTEMPTS * most
 
     def _key(self, item: Item) -> str:
         return f"eval/{self.spec.name}/{item.prepared.index}"

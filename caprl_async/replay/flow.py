@@ -15,7 +15,6 @@ from caprl_async.config import Config
 from caprl_async.replay.admission import capacity, may_caption
 from caprl_async.replay.ledger import Event, Ledger, LedgerError
 from caprl_async.replay.lives import (
-    OUTAGE_ATTEMPTS,
     Cut,
     Life,
     Prepared,
@@ -30,7 +29,7 @@ from caprl_async.replay.lives import (
 from caprl_async.replay.staleness import choose, group_fresh, token_staleness
 from caprl_async.replay.tally import Measured, Tally
 from caprl_async.replay.transport import encode
-from caprl_async.replay.work import GenerateWork, JudgeWork, Verdicts, Work, judge_down
+from caprl_async.replay.work import GenerateWork, JudgeWork, Verdicts, Work, judge_down, may_ask_again
 from caprl_async.reward.allocation import Spreads
 from caprl_async.types import (
     BatchReply,
@@ -187,7 +186,7 @@ class TrainFlow:
             return
         if down := judge_down(verdicts):
             self._on_error(work.key, down.reason)
-            if self._may_ask_again(life, own=not down.whole):
+            if may_ask_again(life, self._judged, self._replay.max_attempts, own=not down.whole):
                 life.not_before = now + 4 * _BACKOFF_S
                 self._to_judge.append(life)
                 return
@@ -216,7 +215,7 @@ class TrainFlow:
         wait = min(_BACKOFF_MAX_S, _BACKOFF_S * 2**life.failures)
         life.not_before = now if lost else now + wait
         if isinstance(work, JudgeWork):
-            if self._may_ask_again(life, own=False):
+            if may_ask_again(life, self._judged, self._replay.max_attempts):
                 self._to_judge.append(life)
             else:
                 self._evict(life, Evicted.FAILED)
@@ -226,19 +225,6 @@ class TrainFlow:
             self._retry(life, Retried.FAILED)
         else:
             self._evict(life, Evicted.FAILED)
-
-    def _may_ask_again(self, life: Life, *, own: bool) -> bool:
-        """Counts a failure of the judge at this group; False if it has had enough.
-
-        In an outage no group is to blame. One is if the judge answered the rest of it (`own`), or other
-        groups since it failed at this one before; and where there are no others, if it fails very often.
-        """
-        blamed = own or (life.judged_then is not None and self._judged > life.judged_then)
-        life.judged_then = self._judged
-        life.failures += blamed
-        life.downs += 1
-        most = self._replay.max_attempts
-        return life.failures < most and life.downs < OUTAGE_ATTEMPTS * most
 
     # ------------------------------------------------------------ batches
 

@@ -26,9 +26,6 @@ from caprl_async.types import (
     Verdict,
 )
 
-OUTAGE_ATTEMPTS = 4
-"""Times `replay.max_attempts`: how often one group is asked about while no other is answered."""
-
 
 @dataclass(frozen=True)
 class Prepared:

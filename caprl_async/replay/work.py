@@ -107,6 +107,34 @@ def wrong_verdicts(work: JudgeWork, verdicts: Verdicts) -> str | None:
     return None
 
 
+OUTAGE_ATTEMPTS = 4
+"""Times `replay.max_attempts`: how often one group is asked about while no other is answered."""
+
+
+class Asked(Protocol):
+    """Who a judge was asked about: one prompt, or one image of an evaluation."""
+
+    failures: int  # that it is to blame for
+    downs: int  # how often its judge failed, whoever was to blame
+    judged_then: int | None  # how many others had been answered when it last did
+
+
+def may_ask_again(asked: Asked, judged: int, most: int, *, own: bool = False) -> bool:
+    """Counts a failure of the judge at this one; False if it has had enough.
+
+    In an outage none is to blame. One is if the judge answered the rest of it (`own`), or others since it
+    failed at this one before; and where there are no others, if it fails very often.
+
+    Args:
+        judged: how many have been answered so far.
+        most: `replay.max_attempts`.
+    """
+    asked.failures += own or (asked.judged_then is not None and judged > asked.judged_then)
+    asked.judged_then = judged
+    asked.downs += 1
+    return asked.failures < most and asked.downs < OUTAGE_ATTEMPTS * most
+
+
 @dataclass(frozen=True)
 class Down:
     """Verdicts that could not be had: the group is judged again."""
