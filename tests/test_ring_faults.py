@@ -20,6 +20,7 @@ from caprl_async.ring.supervisor import Supervisor
 
 SMALL = ["evaluate.heldout_judge.model=", "evaluate.heldout_judge.data=", "evaluate.dense_policy="]
 
+LETTERS = "judge.model=pkg:tiny/models/judge_letters"
 LENGTHS = ["reward.length_free=0", "reward.length_max=40"]
 
 
@@ -74,9 +75,9 @@ def test_a_killed_engine_comes_back_and_nothing_is_lost(
     [
         ["replay.max_staleness=0"],
         ["learner.num_ranks=2", "learner.zero_stage=1", "rollout.num_actors=2"],
-        # The tiny judge writes words, no letters, so here only the lengths tell captions apart.
-        ["judge.mode=sample", "judge.draws=4", "learner.kl.coef=0.01", "reward.length=1", *LENGTHS],
-        ["judge.mode=expected", "learner.updates_per_batch=2", "learner.zero_stage=3"],
+        # With so few draws captions are often equal; their lengths tell them apart.
+        [LETTERS, "judge.mode=sample", "judge.draws=4", "learner.kl.coef=0.01", "reward.length=1", *LENGTHS],
+        [LETTERS, "judge.mode=expected", "learner.updates_per_batch=2", "learner.zero_stage=3"],
     ],
     ids=["synchronous", "two ranks and two rollouts", "sample", "expected"],
 )
