@@ -324,6 +324,7 @@ class BandsConfig:
     effective_samples: list[float] = key([0.5, 1.0], "effective share of the tokens")
     clip_fraction: list[float] = key([0.0, 0.4], "share of tokens that the trust region holds")
     kl: list[float] = key([], "estimate of the KL to the start policy per token, nats")
+    off_options_mean: list[float] = key([0.0, 0.5], "what the judge answers beside the options")
     hack_answer_leak: list[float] = key([0.0, 0.05], "share of captions that speak of an answer or choice")
     hack_option_letters: list[float] = key([0.0, 1.0], "option marks, as A) or option D, per 100 words")
     hack_question_echo: list[float] = key([0.0, 0.05], "share of captions that ask or repeat a question")
