@@ -80,9 +80,9 @@ def test_more_seeded_prompts_than_a_step_holds_are_answered_alike_each_time(tmp_
 def test_the_judge_alone_reads_captions_and_abstains_where_they_are_silent() -> None:
     """As docs/judge.md shows it, with the tiny judge that reads letters."""
     questions = [
-        question(["red", "blue", "green"], 0, "color"),
-        question(["circle", "star"], 0, "shape", "what shape is topleft ?"),
-        question(["black", "white"], None, "absent", "what color is topright ?"),
+        question(["red", "blue", "green", "black"], 0, "color"),
+        question(["circle", "star", "square", "cross"], 0, "shape", "what shape is topleft ?"),
+        question(["black", "white", "red", "blue"], None, "absent", "what color is topright ?"),
     ]
     config = JudgeConfig(model=str(MODELS / "judge_letters"), prompt=judge_prompt_config(), engine=ENGINE)
     with Judge.load(config) as judge:
