@@ -14,6 +14,7 @@ from caprl_async import conf_files, conf_help, conf_loss
 from caprl_async.conf_help import value_of
 from caprl_async.config import Blind, Config, EngineConfig, JudgeMode, WeightBackend
 from caprl_async.judge.chat import clashes as endpoint_clashes
+from caprl_async.judge.chat import patience_s
 from caprl_async.judge.prompt import ALWAYS, WITH_LETTERS, PromptError, check_placeholders
 
 JOBS = ("train",)
@@ -363,7 +364,7 @@ def _endpoint(config: Config) -> Iterator[str]:
     key = endpoint.api_key_env
     if key and config.ring.address == "local" and not os.environ.get(key):
         yield f"judge.endpoint.api_key_env={key}: there is no environment variable of that name"
-    longest = (endpoint.retries + 1) * endpoint.timeout_s + 8.0 * endpoint.retries  # with the pauses between
+    longest = patience_s(endpoint)
     if longest > config.replay.lease_timeout_s:
         yield (
             f"judge.endpoint.timeout_s={endpoint.timeout_s:g} and .retries={endpoint.retries} let one "

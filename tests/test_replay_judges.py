@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from replay_kit import (
     verdicts,
 )
 
-from caprl_async.config import Blind
+from caprl_async.config import Blind, Config
 from caprl_async.replay.hub import HubFailed, ReplayQueue
 from caprl_async.replay.transport import encode
 from caprl_async.types import Credit, Judged, JudgeLease, Outcome, TrainBatch, Verdict, Version
@@ -34,6 +34,17 @@ HONEST = [0, 1 / 3, 2 / 3]  # what the stubs say of the three captions of each g
 
 def _is_honest(batch: TrainBatch) -> bool:
     return all([parts.total for parts in scored.rewards] == pytest.approx(HONEST) for scored in batch.groups)
+
+
+@asynccontextmanager
+async def judged_by(
+    judge: StubJudge, config: Config, tmp_path: Path
+) -> AsyncIterator[tuple[ReplayQueue, StubLearner]]:
+    """A queue at which captions flow and this judge alone answers, and a learner."""
+    async with running(config, tmp_path) as (queue, address), connected(address, StubRollout(), judge):
+        learner = StubLearner(address)
+        await queue.open_admission()
+        yield queue, learner
 
 
 async def _until_asked(keys: set[str], judge: StubJudge) -> None:
@@ -126,9 +137,7 @@ def test_an_answer_that_comes_too_late_counts_nothing(tmp_path: Path) -> None:
             return answer
 
         slow.handle = handle  # type: ignore[method-assign]
-        async with running(config, tmp_path) as (queue, address), connected(address, StubRollout(), slow):
-            learner = StubLearner(address)
-            await queue.open_admission()
+        async with judged_by(slow, config, tmp_path) as (queue, learner):
             assert _is_honest(await learner.batch(Version(0, 0)))
             assert late == 0
             assert (await queue.audit())["violations"] == []
@@ -170,12 +179,7 @@ def test_wrong_answers_are_asked_again_and_believed_never(tmp_path: Path, lie: s
             return Judged(lease=lease.lease, verdicts=rows)
 
         judge.handle = handle  # type: ignore[method-assign]
-        async with (
-            running(make_config(tmp_path), tmp_path) as (queue, address),
-            connected(address, StubRollout(), judge),
-        ):
-            learner = StubLearner(address)
-            await queue.open_admission()
+        async with judged_by(judge, make_config(tmp_path), tmp_path) as (queue, learner):
             assert _is_honest(await learner.batch(Version(0, 0)))
             assert lied == 2
             assert (await queue.status())["evicted"] == {}
@@ -221,12 +225,7 @@ def test_what_cannot_be_scored_is_no_reward_and_no_failure_of_the_judge(tmp_path
             return Judged(lease=lease.lease, verdicts=tuple((*gone, *row[bad:]) for row in rows))
 
         judge.handle = handle  # type: ignore[method-assign]
-        async with (
-            running(make_config(tmp_path), tmp_path) as (queue, address),
-            connected(address, StubRollout(), judge),
-        ):
-            learner = StubLearner(address)
-            await queue.open_admission()
+        async with judged_by(judge, make_config(tmp_path), tmp_path) as (queue, learner):
             batch = await learner.batch(Version(0, 0))
             assert _is_honest(batch)
             assert {parts.scored for scored in batch.groups for parts in scored.rewards} == {1}
@@ -256,12 +255,7 @@ def test_a_question_that_is_answered_without_a_caption_leaves_the_reward(tmp_pat
             return Judged(lease=lease.lease, verdicts=tuple(rows))
 
         judge.handle = handle  # type: ignore[method-assign]
-        async with (
-            running(config, tmp_path) as (queue, address),
-            connected(address, StubRollout(), judge),
-        ):
-            learner = StubLearner(address)
-            await queue.open_admission()
+        async with judged_by(judge, config, tmp_path) as (queue, learner):
             batch = await learner.batch(Version(0, 0))
             assert _is_honest(batch)
             assert {scored.weights for scored in batch.groups} == {(0.0, 1.0)}
@@ -295,12 +289,7 @@ def test_what_is_down_for_one_group_alone_costs_that_group_alone(tmp_path: Path)
             return Judged(lease=lease.lease, verdicts=rows)
 
         judge.handle = handle  # type: ignore[method-assign]
-        async with (
-            running(config, tmp_path) as (queue, address),
-            connected(address, StubRollout(), judge),
-        ):
-            learner = StubLearner(address)
-            await queue.open_admission()
+        async with judged_by(judge, config, tmp_path) as (queue, learner):
             while (await queue.status())["evicted"] != {"unscorable": 1}:
                 await asyncio.sleep(0.05)
             batch = await learner.batch(Version(0, 0))

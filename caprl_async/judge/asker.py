@@ -13,8 +13,8 @@ from caprl_async.engine.types import EngineDied, Request, RequestFailed, Respons
 from caprl_async.judge.cache import judge_revision
 from caprl_async.judge.modes import make_mode
 from caprl_async.judge.prompt import JudgePrompter, load_tokenizer
-from caprl_async.judge.verdicts import Asking, Planned, unscorable
-from caprl_async.types import Outcome, Question, Verdict
+from caprl_async.judge.verdicts import Asking, Planned, no_answer, unscorable
+from caprl_async.types import Question, Verdict
 
 if TYPE_CHECKING:
     from caprl_async.engine.engine import EngineStats
@@ -125,9 +125,7 @@ class EngineAsker:
             if isinstance(answer, Response):
                 responses.append(answer)
             elif answer.again:
-                return Verdict(
-                    question_id=asking.question.question_id, outcome=Outcome.JUDGE_DOWN, reason=str(answer)
-                )
+                return no_answer(asking.question, str(answer))
             else:
                 return unscorable(asking.question, f"the judge's engine refused the prompt: {answer}")
         return self._mode.verdict(asking, responses)

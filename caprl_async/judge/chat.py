@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from caprl_async.config import JudgeConfig, JudgeMode
+from caprl_async.config import EndpointConfig, JudgeConfig, JudgeMode
 from caprl_async.judge import verdicts
 from caprl_async.judge.letters import read_letter
 from caprl_async.judge.permutations import Order, seed_of
@@ -35,6 +35,8 @@ TOP_LOGPROBS = (20, 5)
 """Likeliest tokens to ask for; the next number where an API refuses the one before."""
 LETTER_ONLY = "Answer with the letter of the option only."
 BRIEFLY = "Answer with a word or a short phrase only."
+PAUSE_S = 8.0
+"""The client's longest pause between two tries, unless the server asks for more."""
 ENDED = (None, "stop", "length")
 """How an answer may end that is an answer."""
 _MARKUP = re.compile(r"[<\[](?=\S)|\](?=~)")
@@ -197,14 +199,12 @@ class Expected(Way):
         return [self._body(asking, order, caption) | first for order in asking.orders]
 
     def verdict(self, asking: Asking, choices: Sequence[Choice]) -> Verdict:
-        mass = [0.0] * len(asking.options)
-        for order, choice in zip(asking.orders, choices, strict=True):
+        letters = []
+        for choice in choices:
             positions = (choice.logprobs or Logprobs()).content or [Position()]
             top = [(token.token, token.logprob) for token in positions[0].top_logprobs or ()]
-            letters = letter_mass(top, len(order), self.config.temperature)
-            for option, probability in zip(order, letters, strict=True):
-                mass[option] += probability / len(asking.orders)
-        return verdicts.scored(asking, mass, off=1.0 - math.fsum(mass))
+            letters.append(letter_mass(top, len(asking.options), self.config.temperature))
+        return verdicts.ordered_verdict(asking, letters)
 
 
 class Sample(Way):
@@ -248,6 +248,11 @@ def _written(choices: Sequence[Choice]) -> list[str]:
     if not all(text.strip() for text in texts):
         raise ValueError("the server's answer has no text (does the model think first?)")
     return texts
+
+
+def patience_s(endpoint: EndpointConfig) -> float:
+    """Seconds that one request may take, all its tries and the pauses between them included."""
+    return (endpoint.retries + 1) * endpoint.timeout_s + endpoint.retries * PAUSE_S
 
 
 def clashes(config: JudgeConfig) -> Iterator[str]:

@@ -30,16 +30,16 @@ from caprl_async.judge.chat import (
     Usage,
     Way,
     escape_markup,
+    patience_s,
     read_choice,
     ways_to_ask,
 )
 from caprl_async.judge.server import FAULTS, Failure, Server
-from caprl_async.judge.verdicts import Asking, Planned, unscorable
-from caprl_async.types import Outcome, Question, Verdict
+from caprl_async.judge.verdicts import Asking, Planned, no_answer, unscorable
+from caprl_async.types import Question, Verdict
 
 _OF_LOGPROBS = (400, 422, 501)  # what APIs without log-probabilities say when asked for them
 _ASTRAY = 0.9  # of the trial answer's probability on no option: such a judge scores nothing
-_PAUSE_S = 8.0  # the client's longest pause between tries, unless the server asks for more
 _TRIAL = Asking(Question(question_id="trial", stem="What is red?", choices=("circle", "star"), answer=0), ())
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class EndpointAsker:
         self._way = way
         self._endpoint = endpoint
         # The client's own limit is on silence, which a server that sends a byte now and then never keeps.
-        self._patience_s = (endpoint.retries + 1) * endpoint.timeout_s + endpoint.retries * _PAUSE_S
+        self._patience_s = patience_s(endpoint)
         self._line: _Line | None = None
         self._meter = _Meter()
 
@@ -231,8 +231,7 @@ class EndpointAsker:
                 failure = Failure(str(error), again=True)
         if not failure.again:
             return unscorable(asking.question, f"the judge's endpoint refused the prompt: {failure.reason}")
-        name = asking.question.question_id
-        return Verdict(question_id=name, outcome=Outcome.JUDGE_DOWN, reason=failure.reason)
+        return no_answer(asking.question, failure.reason)
 
 
 def _try_out(client: OpenAI, model: str, way: Way) -> float:

@@ -29,6 +29,7 @@ from caprl_async.judge.verdicts import (
     first_double,
     letters_fault,
     ordered_askings,
+    ordered_verdict,
     plan_sound,
     sample_verdict,
     scored,
@@ -111,12 +112,9 @@ class Expected(_LetterMode):
         ]
 
     def verdict(self, asking: Asking, responses: Sequence[Response]) -> Verdict:
-        mass = [0.0] * len(asking.options)
-        for order, response in zip(asking.orders, responses, strict=True):
-            chosen = response.completions[0].chosen_logprobs
-            for letter, option in zip(self._letters, order, strict=False):
-                mass[option] += math.exp(chosen[letter]) / len(asking.orders)
-        return scored(asking, mass, off=1.0 - math.fsum(mass))
+        letters = self._letters[: len(asking.options)]
+        chosen = [response.completions[0].chosen_logprobs for response in responses]
+        return ordered_verdict(asking, [[math.exp(one[letter]) for letter in letters] for one in chosen])
 
 
 class Sample(_LetterMode):

@@ -137,6 +137,15 @@ def drawn_askings(questions: Sequence[Question], rotation: int, config: JudgeCon
     return planned
 
 
+def ordered_verdict(asking: Asking, letters: Sequence[Sequence[float]]) -> Verdict:
+    """What the letters' probabilities, one list for each of `asking.orders`, amount to: a mean by option."""
+    mass = [0.0] * len(asking.options)
+    for order, probabilities in zip(asking.orders, letters, strict=True):
+        for option, probability in zip(order, probabilities, strict=True):
+            mass[option] += probability / len(asking.orders)
+    return scored(asking, mass, off=1.0 - math.fsum(mass))
+
+
 def sample_verdict(asking: Asking, written: Sequence[str]) -> Verdict:
     """What the answers of all draws, in the order of `asking.orders`, amount to: shares of the draws."""
     draws = len(asking.orders)
@@ -151,6 +160,11 @@ def sample_verdict(asking: Asking, written: Sequence[str]) -> Verdict:
 def unscorable(question: Question, reason: str) -> Verdict:
     """The question leaves the mean, and says why."""
     return Verdict(question_id=question.question_id, outcome=Outcome.UNSCORABLE, reason=reason)
+
+
+def no_answer(question: Question, reason: str) -> Verdict:
+    """The judge is down for this question: ask again."""
+    return Verdict(question_id=question.question_id, outcome=Outcome.JUDGE_DOWN, reason=reason)
 
 
 def text_verdict(asking: Asking, written: str) -> Verdict:
@@ -185,4 +199,5 @@ def scored(asking: Asking, mass: Sequence[float], off: float, draws: int = 1) ->
 
 
 def first_double(values: Sequence[object]) -> list[object]:
+    """The first value that comes twice, alone in a list; empty if none does."""
     return [value for value, count in Counter(values).items() if count > 1][:1]

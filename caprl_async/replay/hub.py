@@ -308,7 +308,7 @@ class ReplayQueue:
         if not _NAME.fullmatch(spec.name) or spec.name in self._evals:
             raise EvalError(f"evaluation name {spec.name!r} is running or is no plain file name")
         data = await self._questions_of("judge")
-        run = await self._measure(spec, data, data.rows[: spec.images] if spec.images else data.rows)
+        run = await self._measure(spec, data, _first_rows(data, spec))
         await asyncio.to_thread(run.write, self._run_dir / "evals" / f"{spec.name}.jsonl")
         return run.result()
 
@@ -337,7 +337,7 @@ class ReplayQueue:
         data = await self._questions_of("judge")
         if self._probed is None:
             others = [await self._questions_of(judge) for judge in spec.judges]
-            rows = data.rows[: spec.images] if spec.images else data.rows
+            rows = _first_rows(data, spec)
             self._probed = [row for row in rows if all(other.get(row.row_id) for other in others)]
         known = self._probed
         first = count * self._probes
@@ -365,3 +365,7 @@ class ReplayQueue:
             dataset.write_rejects(self._rejects)
             self._eval_data[path] = dataset
         return self._eval_data[path]
+
+
+def _first_rows(data: Dataset, spec: EvalSpec) -> tuple[Row, ...]:
+    return data.rows[: spec.images] if spec.images else data.rows
