@@ -36,6 +36,11 @@ class WeightBackend(enum.Enum):
     ipc = "ipc"
 
 
+class Prefix(enum.Enum):
+    shared = "shared"
+    repeated = "repeated"
+
+
 class Proximal(enum.Enum):
     recompute = "recompute"
     interpolate = "interpolate"

@@ -17,6 +17,7 @@ from caprl_async.choices import (
     JudgeMode,
     KLEstimator,
     KLPlace,
+    Prefix,
     Proximal,
     TrustRegion,
     WeightBackend,
@@ -243,7 +244,11 @@ class LearnerConfig:
     entropy_coef: float = key(0.0, "weight of the entropy bonus")
     kl: KLConfig = field(default_factory=KLConfig)
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
-    micro_batch_tokens: int = key(16384, "tokens (prompt and caption, padded) per micro-batch")
+    prefix: Prefix = key(
+        Prefix.shared,
+        "shared: image and prompt are computed once per group | repeated: once per caption (any family)",
+    )
+    micro_batch_tokens: int = key(16384, "tokens computed at one time, prompt and captions; bounds memory")
     logprob_chunk: int = key(1024, "tokens whose vocabulary logits exist at one time")
     zero_stage: int = key(0, "DeepSpeed ZeRO stage")
     dtype: str = key("bfloat16", "float32 | bfloat16")

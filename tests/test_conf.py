@@ -280,12 +280,9 @@ def test_a_judge_that_sees_and_a_captioner_that_does_not_are_refused(
 
 
 def test_models_that_the_ring_cannot_run_are_refused(load: Callable[..., Config], tmp_path: Path) -> None:
-    other = _checkpoint(tmp_path / "other", vision_config={}, model_type="qwen3_vl")
     encoder = _checkpoint(tmp_path / "encoder", architectures=["BertModel"])
-    with pytest.raises(ConfError) as error:
-        load(f"policy.model={other}", f"judge.model={encoder}")
-    assert "model_type qwen3_vl" in str(error.value)
-    assert "BertModel" in str(error.value)
+    with pytest.raises(ConfError, match="BertModel"):
+        load(f"judge.model={encoder}")
 
 
 def test_all_problems_of_one_kind_come_in_one_error(load: Callable[..., Config]) -> None:

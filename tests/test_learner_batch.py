@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
-
 import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from family_kit import captions_of
 
 from caprl_async.config import AdvantageConfig, AdvantageKind, Aggregation, RewardConfig
 from caprl_async.learner.batch import (
     BadBatch,
     NotFinite,
-    Plan,
-    TrainSequence,
-    make_plan,
     make_sequences,
     split_updates,
     with_advantages,
@@ -32,6 +25,8 @@ from caprl_async.types import (
     Version,
     VersionSpan,
 )
+
+GRID = (1, 4, 4)
 
 
 def reward(total: float | None) -> RewardParts:
@@ -127,87 +122,8 @@ def test_a_caption_with_a_banned_token_is_refused() -> None:
         make_sequences(batch_of(scored_group([0.0, 1.0])), banned=(8, 80))
 
 
-def sequence(group: int, number: int, prompt: int, caption: int) -> TrainSequence:
-    return TrainSequence(
-        name=f"{group}[{number}]",
-        group=group,
-        image=ImageRef(sha256=str(group), path=""),
-        grid=(1, 4, 4),
-        prompt=(1,) * prompt,
-        caption=(2,) * caption,
-        behaviour=(-1.0,) * caption,
-        staleness=(0,) * caption,
-        reward=0.0,
-        advantage=1.0,
-        weight=0.1,
-    )
-
-
-groups = st.lists(
-    st.tuples(st.integers(4, 30), st.lists(st.integers(1, 40), min_size=1, max_size=8)),
-    min_size=1,
-    max_size=10,
-)
-
-
-def sequences_of(shapes: list[tuple[int, list[int]]]) -> list[TrainSequence]:
-    return [
-        sequence(group, i, prompt, caption)
-        for group, (prompt, captions) in enumerate(shapes)
-        for i, caption in enumerate(captions)
-    ]
-
-
-@given(groups, st.integers(1, 4), st.integers(30, 600))
-def test_each_caption_is_computed_once_and_ranks_keep_in_step(
-    shapes: list[tuple[int, list[int]]], ranks: int, budget: int
-) -> None:
-    sequences = sequences_of(shapes)
-    plan = make_plan(sequences, ranks, budget)
-    assert len(plan.ranks) == ranks
-    assert len({len(rank) for rank in plan.ranks}) == 1
-    trained = Counter(s.name for rank in plan.ranks for micro in rank for s in micro.sequences if s.weight)
-    assert trained == Counter(s.name for s in sequences)
-    fillers = [s for rank in plan.ranks for micro in rank for s in micro.sequences if not s.weight]
-    assert len(fillers) == plan.fillers
-    for rank in plan.ranks:
-        for micro in rank:
-            assert micro.padded_tokens <= budget or len(micro.sequences) == 1
-
-
-def tokens_of(plan: Plan) -> list[int]:
-    return [sum(micro.tokens for micro in rank) for rank in plan.ranks]
-
-
-@given(groups, st.integers(2, 4))
-def test_ranks_get_equal_work_to_within_one_caption(shapes: list[tuple[int, list[int]]], ranks: int) -> None:
-    sequences = sequences_of(shapes)
-    plan = make_plan(sequences, ranks, 10_000)
-    if not plan.fillers:
-        tokens = tokens_of(plan)
-        assert max(tokens) - min(tokens) <= 2 * max(s.length for s in sequences)
-
-
-@given(groups, st.integers(1, 4))
-def test_an_image_is_split_over_ranks_only_at_their_borders(
-    shapes: list[tuple[int, list[int]]], ranks: int
-) -> None:
-    plan = make_plan(sequences_of(shapes), ranks, 10_000)
-    if not plan.fillers:
-        places = [s.group for rank in plan.ranks for micro in rank for s in micro.sequences]
-        if all(len(rank) == 1 for rank in plan.ranks):
-            borders = sum(a != b for a, b in itertools.pairwise(places))
-            assert borders == len(set(places)) - 1
-
-
-def test_a_filler_is_needed_only_when_captions_are_fewer_than_ranks() -> None:
-    two = sequences_of([(4, [3, 3])])
-    assert make_plan(two, 2, 100).fillers == 0
-    assert make_plan(two, 3, 100).fillers == 1
-
-
 def test_updates_take_whole_groups_and_are_normalised_each() -> None:
-    sequences = sequences_of([(4, [3, 5]), (4, [2, 2]), (4, [9, 1])])
+    sequences = captions_of([([GRID], 1, [3, 5]), ([GRID], 1, [2, 2]), ([GRID], 1, [9, 1])])
     parts = split_updates(sequences, 2, Aggregation.token_mean)
     assert [sorted({s.group for s in part}) for part in parts] == [[0], [1, 2]]
     for part in parts:

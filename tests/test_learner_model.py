@@ -17,23 +17,24 @@ from caprl_async.config import (
     ImportanceLevel,
     KLConfig,
     LearnerConfig,
+    Prefix,
     RewardConfig,
     TrustRegion,
 )
 from caprl_async.data.processor import PolicyProcessor
 from caprl_async.learner.batch import (
     BadBatch,
-    MicroBatch,
     TrainSequence,
-    make_plan,
     make_sequences,
     split_updates,
     with_advantages,
 )
 from caprl_async.learner.losses import policy_loss
-from caprl_async.learner.model import BadModel, PolicyModel, load_policy, prompt_positions
+from caprl_async.learner.model import BadModel, PolicyModel, collator, load_policy, prompt_positions
 from caprl_async.learner.pixels import PixelCache, PixelsDiffer
-from caprl_async.learner.tensors import MicroTensors, collate
+from caprl_async.learner.plan import Captions, Costs, make_plan
+from caprl_async.learner.prefix import ATTENTION
+from caprl_async.learner.tensors import MicroTensors
 
 TEMPERATURE = 0.7
 
@@ -56,16 +57,21 @@ def plain() -> Any:
     return load_policy(POLICY, "float32").double().eval()
 
 
-@pytest.fixture(scope="module")
-def policy(processor: PolicyProcessor) -> PolicyModel:
-    return PolicyModel(
-        load_policy(POLICY, "float32").double().eval(), processor.banned_token_ids, TEMPERATURE, 5
-    )
+@pytest.fixture(scope="module", params=list(Prefix), ids=lambda prefix: prefix.value)
+def policy(request: pytest.FixtureRequest, processor: PolicyProcessor) -> PolicyModel:
+    hf = load_policy(POLICY, "float32").double().eval()
+    return PolicyModel(hf, processor.banned_token_ids, TEMPERATURE, 5, request.param)
 
 
-def tensors_of(micro: MicroBatch, policy: PolicyModel, processor: PolicyProcessor) -> MicroTensors:
-    positions = prompt_positions(policy.hf, processor.image_token_id)
-    return collate(micro, PixelCache(processor), positions, torch.float64)
+def prefix_of(policy: PolicyModel) -> Prefix:
+    shared = policy.hf.model.language_model.config._attn_implementation == ATTENTION
+    return Prefix.shared if shared else Prefix.repeated
+
+
+def tensors_of(micro: Captions, policy: PolicyModel, processor: PolicyProcessor) -> MicroTensors:
+    pixels = PixelCache(processor)
+    make = collator(policy.hf, processor.image_token_id, pixels, prefix_of(policy), torch.float64)
+    return make(micro)
 
 
 def plain_logprobs(
@@ -75,8 +81,8 @@ def plain_logprobs(
     ids = torch.tensor([s.prompt + s.caption])
     out = plain(
         input_ids=ids,
-        pixel_values=processor.pixels(s.image).pixel_values.double(),
-        image_grid_thw=torch.tensor([s.grid]),
+        pixel_values=processor.pixels(s.images[0]).pixel_values.double(),
+        image_grid_thw=torch.tensor(s.grids),
         mm_token_type_ids=(ids == processor.image_token_id).int(),
     )
     logits = out.logits[0, len(s.prompt) - 1 : -1].clone()
@@ -90,35 +96,20 @@ def test_log_probabilities_equal_plain_transformers(
     plain: Any, policy: PolicyModel, processor: PolicyProcessor, sequences: list[TrainSequence]
 ) -> None:
     with torch.no_grad():
-        found, entropy = policy(tensors_of(MicroBatch(tuple(sequences)), policy, processor))
+        found, entropy = policy(tensors_of(tuple(sequences), policy, processor))
         expected = [plain_logprobs(plain, processor, s) for s in sequences]
     torch.testing.assert_close(found, torch.cat([e[0] for e in expected]), atol=1e-10, rtol=0)
     torch.testing.assert_close(entropy, torch.cat([e[1] for e in expected]), atol=1e-9, rtol=0)
 
 
-def test_the_vision_tower_sees_each_image_once(
-    policy: PolicyModel, processor: PolicyProcessor, sequences: list[TrainSequence]
-) -> None:
-    seen: list[int] = []
-    hook = policy.hf.model.visual.register_forward_hook(
-        lambda _, args, kwargs, out: seen.append(len(kwargs["grid_thw"])), with_kwargs=True
-    )
-    with torch.no_grad():
-        policy(tensors_of(MicroBatch(tuple(sequences)), policy, processor))
-    hook.remove()
-    assert seen == [3]
-
-
 def test_exactly_the_caption_tokens_are_scored(
     policy: PolicyModel, processor: PolicyProcessor, sequences: list[TrainSequence]
 ) -> None:
-    tensors = tensors_of(MicroBatch(tuple(sequences)), policy, processor)
+    tensors = tensors_of(tuple(sequences), policy, processor)
     assert tensors.targets.tolist() == [token for s in sequences for token in s.caption]
-    assert tensors.input_ids.flatten()[tensors.sources + 1].tolist() == tensors.targets.tolist()
     assert tensors.behaviour.tolist() == [b for s in sequences for b in s.behaviour]
-    width = tensors.input_ids.shape[1]
-    columns = (tensors.sources + 1 - tensors.token_rows * width).tolist()
-    assert columns == [c for s in sequences for c in range(len(s.prompt), s.length)]
+    before = tensors.input_ids.flatten()[tensors.sources].tolist()
+    assert before == [t for s in sequences for t in (s.prompt[-1], *s.caption[:-1])]
 
 
 def close(found: torch.Tensor | None, expected: torch.Tensor | None, name: str) -> None:
@@ -130,7 +121,7 @@ def close(found: torch.Tensor | None, expected: torch.Tensor | None, name: str) 
 
 
 def gradients(
-    policy: PolicyModel, processor: PolicyProcessor, micros: list[MicroBatch], config: LearnerConfig
+    policy: PolicyModel, processor: PolicyProcessor, micros: list[Captions], config: LearnerConfig
 ) -> dict[str, torch.Tensor]:
     policy.zero_grad()
     for micro in micros:
@@ -161,11 +152,11 @@ def correction(level: str, kind: str) -> LearnerConfig:
 def test_micro_batches_and_ranks_do_not_change_the_gradient(
     policy: PolicyModel, processor: PolicyProcessor, sequences: list[TrainSequence], config: LearnerConfig
 ) -> None:
-    whole = gradients(policy, processor, [MicroBatch(tuple(sequences))], config)
+    whole = gradients(policy, processor, [tuple(sequences)], config)
     assert len(whole) == len(list(policy.parameters()))
     for ranks, budget in [(1, 150), (2, 90), (4, 10_000), (12, 60)]:
-        plan = make_plan(sequences, ranks, budget)
-        cut = gradients(policy, processor, [micro for rank in plan.ranks for micro in rank], config)
+        plan = make_plan(sequences, ranks, budget, Costs(prefix_of(policy)))
+        cut = gradients(policy, processor, plan.micros, config)
         assert plan.fillers == max(0, ranks - len(sequences))
         for name, gradient in whole.items():
             close(cut[name], gradient, name)
@@ -181,7 +172,7 @@ def test_gradient_equals_plain_transformers(
 ) -> None:
     few = sequences[:3]
     policy.zero_grad()
-    scored = policy(tensors_of(MicroBatch(tuple(few)), policy, processor))
+    scored = policy(tensors_of(tuple(few), policy, processor))
     (scored[0].sum() + entropy_share * scored[1].square().sum()).backward()
     plain.zero_grad()
     for s in few:
@@ -196,7 +187,7 @@ def test_a_banned_token_has_no_probability(
     policy: PolicyModel, processor: PolicyProcessor, sequences: list[TrainSequence]
 ) -> None:
     bad = replace(sequences[0], caption=(processor.image_token_id, *sequences[0].caption[1:]))
-    tensors = tensors_of(MicroBatch((sequences[0],)), policy, processor)
+    tensors = tensors_of((sequences[0],), policy, processor)
     tensors = replace(tensors, targets=torch.tensor(bad.caption))
     with torch.no_grad():
         logprobs, _ = policy(tensors)
@@ -207,9 +198,8 @@ def test_a_banned_token_has_no_probability(
 def test_other_pixels_than_the_engine_saw_are_refused(
     processor: PolicyProcessor, sequences: list[TrainSequence]
 ) -> None:
-    wrong = replace(sequences[0], grid=(1, 4, 4))
     with pytest.raises(PixelsDiffer, match=r"max_pixels"):
-        PixelCache(processor)(wrong)
+        PixelCache(processor)(sequences[0].images[0], (1, 4, 4))
 
 
 def test_image_tokens_must_fit_the_grid(
@@ -217,7 +207,7 @@ def test_image_tokens_must_fit_the_grid(
 ) -> None:
     positions = prompt_positions(policy.hf, processor.image_token_id)
     with pytest.raises(BadBatch, match="image tokens"):
-        positions((*sequences[0].prompt, processor.image_token_id), sequences[0].grid)
+        positions((*sequences[0].prompt, processor.image_token_id), sequences[0].grids)
 
 
 def test_pixels_are_kept_and_the_oldest_forgotten(tmp_path: Path, processor: PolicyProcessor) -> None:
@@ -230,13 +220,14 @@ def test_pixels_are_kept_and_the_oldest_forgotten(tmp_path: Path, processor: Pol
             return processor.pixels(image)
 
     batch = make_batch(processor, images(tmp_path, 3), 2)
-    a, b, c = (make_sequences(batch)[i] for i in (0, 2, 4))
-    one = processor.pixels(a.image).pixel_values.nbytes
+    a, b, c = (g.image for g in batch.groups)
+    grid = batch.groups[0].group.image_grid[0]
+    one = processor.pixels(a).pixel_values.nbytes
     source = Counting()
     cache = PixelCache(source, limit_bytes=2 * one)  # type: ignore[arg-type]
-    for s in (a, b, a, c, a, b):
-        cache(s)
-    assert source.calls == [s.image.sha256 for s in (a, b, c, b)]
+    for image in (a, b, a, c, a, b):
+        cache(image, grid)
+    assert source.calls == [image.sha256 for image in (a, b, c, b)]
 
 
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:

@@ -129,7 +129,12 @@ class LearnerActor:
             self._hub, Hello(role=Role.LEARNER, name=repr(self), incarnation=uuid.uuid4().hex)
         )
         parameters = sum(p.numel() for p in self._own.tensors.values()) if self._own else 0
-        return {"rank": self.rank, "device": str(self._trainer.device), "parameters": parameters}
+        return {
+            "rank": self.rank,
+            "device": str(self._trainer.device),
+            "parameters": parameters,
+            "note": self._trainer.notice if self.rank == 0 else "",
+        }
 
     def stop(self) -> None:
         """Leaves the hub, the weight group and the process group; safe to call twice.

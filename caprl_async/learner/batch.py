@@ -1,7 +1,4 @@
-"""From a train batch to what each rank computes: captions as flat sequences, packed into micro-batches.
-
-Every rank makes the same plan from the same batch, so none has to be told its share.
-"""
+"""From a train batch to captions as flat sequences, with their advantages and weights in the loss."""
 
 from __future__ import annotations
 
@@ -39,8 +36,8 @@ class TrainSequence:
 
     name: str  # prompt key, attempt and caption number, for messages
     group: int  # captions of one prompt have the same number
-    image: ImageRef
-    grid: Grid  # (t, h, w) patches as the engine saw them
+    images: tuple[ImageRef, ...]  # of the prompt, in its order
+    grids: tuple[Grid, ...]  # (t, h, w) patches of each as the engine saw it
     prompt: tuple[int, ...]  # P token ids, placeholders expanded
     caption: tuple[int, ...]  # T token ids
     behaviour: tuple[float, ...]  # T
@@ -53,36 +50,6 @@ class TrainSequence:
     @property
     def length(self) -> int:
         return len(self.prompt) + len(self.caption)
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What one rank computes in one forward and backward pass, captions of one image side by side."""
-
-    sequences: tuple[TrainSequence, ...]
-
-    @property
-    def padded_tokens(self) -> int:
-        return len(self.sequences) * max(s.length for s in self.sequences)
-
-    @property
-    def tokens(self) -> int:
-        return sum(s.length for s in self.sequences)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The micro-batches of one update: `ranks[r][i]`; as many for each rank."""
-
-    ranks: tuple[tuple[MicroBatch, ...], ...]
-    fillers: int  # zero-weight copies that were needed to make it so
-
-    @property
-    def padding(self) -> float:
-        """Share of the computed tokens that are padding or filler."""
-        micros = [micro for rank in self.ranks for micro in rank]
-        real = sum(s.length for micro in micros for s in micro.sequences if s.weight)
-        return 1.0 - real / sum(micro.padded_tokens for micro in micros)
 
 
 # ---------------------------------------------------------------- sequences
@@ -122,8 +89,8 @@ def make_sequences(batch: TrainBatch, banned: Collection[int] = ()) -> list[Trai
                 TrainSequence(
                     name=caption_name(group, i),
                     group=number,
-                    image=scored.image,
-                    grid=group.image_grid[0],
+                    images=(scored.image,),
+                    grids=group.image_grid,
                     prompt=group.prompt_token_ids,
                     caption=caption.token_ids,
                     behaviour=caption.logprobs,
@@ -208,78 +175,3 @@ def split_updates(
         weights = token_weights([len(s.caption) for s in part], aggregation, sum_length)
         result.append([replace(s, weight=w) for s, w in zip(part, weights, strict=True)])
     return result
-
-
-# ---------------------------------------------------------------- micro-batches
-
-
-def make_plan(sequences: Sequence[TrainSequence], ranks: int, token_budget: int) -> Plan:
-    """Packs the sequences of one update into equally many micro-batches for each rank.
-
-    Captions of one image stay together except where a rank or a micro-batch is full. A micro-batch holds at
-    most `token_budget` padded tokens, or one sequence that alone has more.
-    """
-    packed = [_pack(share, token_budget) for share in _share(_by_length(sequences), ranks)]
-    spare = replace(min(sequences, key=lambda s: s.length), weight=0.0)
-    fillers = sum([_even(micros, max(map(len, packed)), spare) for micros in packed])
-    for micros in packed:
-        # Ranks wait for each other in every micro-batch: like goes with like.
-        micros.sort(key=lambda m: -m.padded_tokens)
-    return Plan(tuple(tuple(micros) for micros in packed), fillers)
-
-
-def _even(micros: list[MicroBatch], count: int, spare: TrainSequence) -> int:
-    """Brings a rank to `count` micro-batches by splitting the largest; says how many fillers it took."""
-    fillers = 0
-    while len(micros) < count:
-        splittable = [i for i, micro in enumerate(micros) if len(micro.sequences) > 1]
-        if splittable:
-            largest = max(splittable, key=lambda i: micros[i].tokens)
-            micros[largest : largest + 1] = _halve(micros[largest])
-        else:
-            micros.append(MicroBatch((spare,)))
-            fillers += 1
-    return fillers
-
-
-def _by_length(sequences: Sequence[TrainSequence]) -> list[TrainSequence]:
-    """Groups whole, the longest first, so that neighbours pad each other little."""
-    longest: dict[int, int] = {}
-    for s in sequences:
-        longest[s.group] = max(longest.get(s.group, 0), s.length)
-    return sorted(sequences, key=lambda s: (-longest[s.group], s.group, -s.length))
-
-
-def _share(sequences: Sequence[TrainSequence], ranks: int) -> list[list[TrainSequence]]:
-    """Cuts the line of sequences into one piece of equally many tokens for each rank."""
-    total = sum(s.length for s in sequences)
-    shares: list[list[TrainSequence]] = [[] for _ in range(ranks)]
-    before = 0
-    for s in sequences:
-        middle = before + s.length / 2
-        shares[min(ranks - 1, int(middle * ranks / total))].append(s)
-        before += s.length
-    return shares
-
-
-def _pack(sequences: Sequence[TrainSequence], token_budget: int) -> list[MicroBatch]:
-    """Fills one micro-batch after the other."""
-    micros: list[MicroBatch] = []
-    held: list[TrainSequence] = []
-    for s in sequences:
-        if held and max(s.length, *(h.length for h in held)) * (len(held) + 1) > token_budget:
-            micros.append(MicroBatch(tuple(held)))
-            held = []
-        held.append(s)
-    if held:
-        micros.append(MicroBatch(tuple(held)))
-    return micros
-
-
-def _halve(micro: MicroBatch) -> tuple[MicroBatch, MicroBatch]:
-    """Two parts of about equal size, cut between two images if there are several."""
-    sequences = micro.sequences
-    cuts = range(1, len(sequences))
-    between = [i for i in cuts if sequences[i].group != sequences[i - 1].group]
-    cut = min(between or cuts, key=lambda i: abs(i - len(sequences) / 2))
-    return MicroBatch(sequences[:cut]), MicroBatch(sequences[cut:])

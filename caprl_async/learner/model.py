@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache, partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from caprl_async.config import Prefix
 from caprl_async.data.processor import Grid
-from caprl_async.learner.batch import BadBatch
+from caprl_async.learner.batch import BadBatch, TrainSequence
 from caprl_async.learner.head import ScoringHead
-from caprl_async.learner.tensors import MicroTensors, Positions
+from caprl_async.learner.prefix import use_shared_prefix
+from caprl_async.learner.tensors import (
+    MicroTensors,
+    Pixels,
+    Positions,
+    collate_repeated,
+    collate_shared,
+)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+SHARED_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+"""Each `model_type` whose forward with a shared prefix is tested against its plain one."""
+
+Collate = Callable[[Sequence[TrainSequence]], MicroTensors]
+"""The captions of one micro-batch -> its tensors on the CPU."""
 
 
 class BadModel(ValueError):
@@ -26,7 +41,7 @@ def load_policy(path: str | Path, dtype: str) -> Any:
     """A vision-language model of transformers from a checkpoint folder, on the CPU.
 
     Raises:
-        BadModel: not a folder, an unknown dtype, or a model with sliding-window attention.
+        BadModel: not a folder, an unknown dtype, or a model that takes no images as patches with a grid.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -35,37 +50,70 @@ def load_policy(path: str | Path, dtype: str) -> Any:
     if dtype not in _DTYPES:
         raise BadModel(f"learner.dtype: {dtype} is none of {', '.join(_DTYPES)}")
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=_DTYPES[dtype], local_files_only=True)
-    if not hasattr(model.model, "get_rope_index") or not hasattr(model.model, "visual"):
-        raise BadModel(f"{path}: {type(model).__name__} is not a Qwen-VL model with rotary image positions")
-    if "sliding_attention" in getattr(model.config.get_text_config(), "layer_types", []):
-        raise BadModel(f"{path}: sliding-window attention is not supported")
+    if "image_grid_thw" not in signature(model.model.forward).parameters or not hasattr(
+        model.model, "visual"
+    ):
+        raise BadModel(
+            f"{path}: {type(model).__name__} does not take images as patches with a grid, as the Qwen-VL "
+            f"families do ({', '.join(SHARED_FAMILIES)})"
+        )
     return model
+
+
+def choose_prefix(model: Any, wanted: Prefix) -> tuple[Prefix, str]:
+    """What the model can do of what is wanted, and a sentence for the user if that is less."""
+    if wanted is Prefix.repeated:
+        return wanted, ""
+    kind = model.config.model_type
+    if kind not in SHARED_FAMILIES:
+        return Prefix.repeated, (
+            f"learner.prefix: {kind} is trained with repeated prompts; the shared prefix is for "
+            f"{', '.join(SHARED_FAMILIES)}"
+        )
+    if "sliding_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ()):
+        return (
+            Prefix.repeated,
+            f"learner.prefix: this {kind} has sliding-window layers, so prompts are repeated",
+        )
+    return wanted, ""
 
 
 def prompt_positions(model: Any, image_token_id: int) -> Positions:
     """The model's own rotary positions of a prompt, [3, P], remembered for the prompts of a batch."""
 
     @lru_cache(maxsize=4096)
-    def positions(prompt: tuple[int, ...], grid: Grid) -> Tensor:
+    def positions(prompt: tuple[int, ...], grids: tuple[Grid, ...]) -> Tensor:
         ids = torch.tensor([prompt])
         merge = model.config.vision_config.spatial_merge_size
-        expected = grid[0] * grid[1] * grid[2] // merge**2
+        expected = sum(t * h * w // merge**2 for t, h, w in grids)
         found = prompt.count(image_token_id)
         if found != expected:
             raise BadBatch(
-                f"a prompt has {found} image tokens, but its image of grid {grid} makes {expected}"
+                f"a prompt has {found} image tokens, but its images of grids {grids} make {expected}"
             )
         kinds = (ids == image_token_id).int()
-        places, _ = model.model.get_rope_index(ids, kinds, image_grid_thw=torch.tensor([grid]))
+        places, _ = model.model.get_rope_index(ids, kinds, image_grid_thw=torch.tensor(grids))
         return places[:, 0]
 
     return positions
 
 
+def collator(
+    model: Any, image_token_id: int, pixels: Pixels, prefix: Prefix, dtype: torch.dtype = torch.float32
+) -> Collate:
+    """How micro-batches of this model become tensors."""
+    if prefix is Prefix.repeated:
+        return partial(collate_repeated, pixels=pixels, dtype=dtype)
+    positions = prompt_positions(model, image_token_id)
+    return partial(collate_shared, pixels=pixels, positions=positions, dtype=dtype)
+
+
 class PolicyModel(nn.Module):
     """The transformers model with a `ScoringHead` in place of its own."""
 
-    def __init__(self, hf: Any, banned: Iterable[int], temperature: float, chunk: int) -> None:
+    def __init__(
+        self, hf: Any, banned: Iterable[int], temperature: float, chunk: int, prefix: Prefix
+    ) -> None:
         """`chunk` is the number of caption tokens whose vocabulary logits exist at one time.
 
         Raises:
@@ -75,23 +123,39 @@ class PolicyModel(nn.Module):
         if not isinstance(hf.lm_head, nn.Linear) or hf.lm_head.bias is not None:
             raise BadModel(f"{type(hf).__name__}: the output layer must be a linear map without bias")
         hf.lm_head = ScoringHead(hf.lm_head.weight, banned, temperature, chunk)
+        if prefix is Prefix.shared:
+            use_shared_prefix(hf.model.language_model)
         self.hf: Any = hf
 
     def forward(self, batch: MicroTensors) -> tuple[Tensor, Tensor]:
         """(log-probabilities [T], entropies [T]) of the caption tokens."""
-        states = self._hidden(batch).flatten(0, 1)[batch.sources]
-        return self.hf.lm_head(states, batch.targets)
+        states = self._repeated(batch) if batch.layout is None else self._shared(batch)
+        return self.hf.lm_head(states.flatten(0, 1)[batch.sources], batch.targets)
 
-    def _hidden(self, batch: MicroTensors) -> Tensor:
-        """Last hidden states [S, L, D]; the vision tower sees each distinct image once."""
-        inner = self.hf.model
-        embeds = inner.language_model.embed_tokens(batch.input_ids)
-        seen = inner.get_image_features(
-            batch.pixel_values.to(embeds.dtype), batch.image_grid, return_dict=True
-        ).pooler_output
-        shown = torch.cat([seen[image] for image in batch.row_images]).to(embeds.dtype)
-        places = batch.input_ids == self.hf.config.image_token_id
-        embeds = embeds.masked_scatter(places.unsqueeze(-1), shown)
-        # No mask: causal is all that right-padded rows need, and it is the fastest kernel.
-        out = inner.language_model(inputs_embeds=embeds, position_ids=batch.position_ids, use_cache=False)
+    def _shared(self, batch: MicroTensors) -> Tensor:
+        """Last hidden states [1, L, D] of a packed row; the vision tower sees each distinct image once."""
+        seen = self.hf.model.get_image_features(batch.pixel_values, batch.image_grid, return_dict=True)
+        seen.pooler_output = [seen.pooler_output[image] for image in batch.shown]
+        if "deepstack_features" in seen:  # Qwen3-VL adds features of inner layers too
+            seen.deepstack_features = [
+                [layer[image] for image in batch.shown] for layer in seen.deepstack_features
+            ]
+        out = self.hf.model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            mm_encoder_outputs={"image": seen},
+            use_cache=False,
+            layout=batch.layout,
+        )
+        return out.last_hidden_state
+
+    def _repeated(self, batch: MicroTensors) -> Tensor:
+        """Last hidden states [S, L, D] by the model's plain forward: image and prompt anew in each row."""
+        out = self.hf.model(
+            input_ids=batch.input_ids,
+            mm_token_type_ids=(batch.input_ids == self.hf.config.image_token_id).int(),
+            pixel_values=batch.pixel_values,
+            image_grid_thw=batch.image_grid,
+            use_cache=False,
+        )
         return out.last_hidden_state

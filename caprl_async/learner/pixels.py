@@ -6,8 +6,8 @@ from collections import OrderedDict
 
 from torch import Tensor
 
-from caprl_async.data.processor import PixelInput, PolicyProcessor
-from caprl_async.learner.batch import TrainSequence
+from caprl_async.data.processor import Grid, PixelInput, PolicyProcessor
+from caprl_async.types import ImageRef
 
 
 class PixelsDiffer(ValueError):
@@ -23,26 +23,24 @@ class PixelCache:
         self._held: OrderedDict[str, PixelInput] = OrderedDict()
         self._bytes = 0
 
-    def __call__(self, sequence: TrainSequence) -> Tensor:
-        """Pixel values [patches, dim] of the sequence's image.
+    def __call__(self, image: ImageRef, grid: Grid) -> Tensor:
+        """Pixel values [patches, dim] of an image that the engine saw as `grid`.
 
         Raises:
             PixelsDiffer: the grid is not the engine's.
             UnreadableImage: the file is missing or its content has changed.
         """
-        key = sequence.image.sha256
-        found = self._held.pop(key, None)
+        found = self._held.pop(image.sha256, None)
         if found is None:
-            found = self._source.pixels(sequence.image)
+            found = self._source.pixels(image)
             self._bytes += found.pixel_values.nbytes
-        self._held[key] = found
+        self._held[image.sha256] = found
         while self._bytes > self._limit and len(self._held) > 1:
             _, old = self._held.popitem(last=False)
             self._bytes -= old.pixel_values.nbytes
-        if tuple(found.grid) != sequence.grid:
+        if tuple(found.grid) != grid:
             raise PixelsDiffer(
-                f"{sequence.name}: the engine saw image {sequence.image.path} as {sequence.grid} patches, "
-                f"the learner makes {tuple(found.grid)}; both must use policy.min_pixels, policy.max_pixels "
-                "and the same processor"
+                f"the engine saw image {image.path} as {grid} patches, the learner makes {tuple(found.grid)};"
+                " both must use policy.min_pixels, policy.max_pixels and the same processor"
             )
         return found.pixel_values

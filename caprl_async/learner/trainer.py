@@ -14,11 +14,8 @@ from torch import Tensor
 from caprl_async.config import Config, KLPlace, Proximal
 from caprl_async.data.processor import PolicyProcessor
 from caprl_async.learner.batch import (
-    MicroBatch,
     NotFinite,
-    Plan,
     TrainSequence,
-    make_plan,
     make_sequences,
     split_updates,
     with_advantages,
@@ -32,10 +29,11 @@ from caprl_async.learner.engine import (
     ranks_where,
 )
 from caprl_async.learner.losses import TokenStats, kl_estimate, policy_loss
-from caprl_async.learner.model import PolicyModel, load_policy, prompt_positions
+from caprl_async.learner.model import PolicyModel, choose_prefix, collator, load_policy
 from caprl_async.learner.pixels import PixelCache
+from caprl_async.learner.plan import Captions, Plan, costs_of, make_plan
 from caprl_async.learner.statistics import summarise
-from caprl_async.learner.tensors import MicroTensors, collate
+from caprl_async.learner.tensors import MicroTensors
 from caprl_async.types import TrainBatch
 
 _OF_FIRST = ("logprob_gap", "kl_behaviour", "effective_samples_raw")
@@ -51,8 +49,9 @@ class Trainer:
         self.world = world
         torch.manual_seed(config.seed)
         self.hf = load_policy(config.policy.model, config.learner.dtype)
-        self.positions = prompt_positions(self.hf, processor.image_token_id)
-        self.pixels = PixelCache(processor)
+        self.prefix, self.notice = choose_prefix(self.hf, config.learner.prefix)
+        self.costs = costs_of(self.hf, self.prefix)
+        self.collate = collator(self.hf, processor.image_token_id, PixelCache(processor), self.prefix)
         self.banned = frozenset(processor.banned_token_ids)
         self.reference = self._reference()
         if config.learner.freeze_vision:
@@ -74,9 +73,11 @@ class Trainer:
         return self._scored(frozen).requires_grad_(False).eval()
 
     def _scored(self, hf: Any) -> PolicyModel:
-        return PolicyModel(
-            hf, self.banned, self.config.rollout.temperature, self.config.learner.logprob_chunk
-        )
+        temperature, chunk = self.config.rollout.temperature, self.config.learner.logprob_chunk
+        return PolicyModel(hf, self.banned, temperature, chunk, self.prefix)
+
+    def _plan(self, sequences: Sequence[TrainSequence]) -> Plan:
+        return make_plan(sequences, self.world, self.config.learner.micro_batch_tokens, self.costs)
 
     # ------------------------------------------------------------ a batch
 
@@ -98,7 +99,7 @@ class Trainer:
         sequences = with_advantages(sequences, learner.advantage, self.config.reward)
         sum_length = learner.sum_length or self.config.rollout.max_tokens
         parts = split_updates(sequences, learner.updates_per_batch, learner.aggregation, sum_length)
-        plans = [make_plan(part, self.world, learner.micro_batch_tokens) for part in parts]
+        plans = [self._plan(part) for part in parts]
         metrics |= _batch_metrics(batch, plans)
         lr = metrics["lr"] = learning_rate(batch.version.step, self.config.steps, learner)
         # Before the first update the policy is the proximal one: only later parts need a pass of their own.
@@ -116,9 +117,7 @@ class Trainer:
             NotFinite: on every rank, if a penalty is NaN or infinite.
         """
         places = {s.name: i for i, s in enumerate(sequences)}
-        plan = make_plan(
-            [replace(s, weight=1.0) for s in sequences], self.world, self.config.learner.micro_batch_tokens
-        )
+        plan = self._plan([replace(s, weight=1.0) for s in sequences])
         found = torch.zeros(len(sequences), dtype=torch.float64, device=self.device)
         for micro in plan.ranks[self.rank]:
             tensors = self._tensors(micro)
@@ -175,7 +174,7 @@ class Trainer:
         try:
             norm = self.engine.step(lr)
         except GradientNotFinite as error:
-            every = [s.name for rank in plan.ranks for m in rank for s in m.sequences if s.weight]
+            every = [s.name for micro in plan.micros for s in micro if s.weight]
             found = f"{error}, of the {len(every)} captions of this update"
             raise NotFinite(f"{found}; {_REMEDY}", every) from error
         everywhere = gather_rows(torch.cat(rows, dim=1))
@@ -186,8 +185,8 @@ class Trainer:
             **summarise(TokenStats(*everywhere.unbind(0))),
         }
 
-    def _tensors(self, micro: MicroBatch) -> MicroTensors:
-        return collate(micro, self.pixels, self.positions, torch.float32).to(self.device)
+    def _tensors(self, micro: Captions) -> MicroTensors:
+        return self.collate(micro).to(self.device)
 
     def _reference_logprobs(self, tensors: MicroTensors) -> Tensor | None:
         if self.reference is None:
@@ -247,7 +246,7 @@ def _not_finite(tensors: MicroTensors, logprobs: Tensor, stats: TokenStats, loss
 def _batch_metrics(batch: TrainBatch, plans: list[Plan]) -> dict[str, float]:
     rewards = [p.total for g in batch.groups for p in g.rewards if p.total is not None]
     lengths = [len(c.token_ids) for g in batch.groups for c in g.group.captions]
-    trained = {s.group for plan in plans for rank in plan.ranks for micro in rank for s in micro.sequences}
+    trained = {s.group for plan in plans for micro in plan.micros for s in micro}
     values = torch.tensor(rewards or [0.0], dtype=torch.float64)
     return {
         "reward_mean": values.mean().item(),
@@ -258,5 +257,6 @@ def _batch_metrics(batch: TrainBatch, plans: list[Plan]) -> dict[str, float]:
         "groups_skipped": float(len(batch.groups) - len(trained)),
         "micro_batches": float(sum(len(plan.ranks[0]) for plan in plans)),
         "fillers": float(sum(plan.fillers for plan in plans)),
+        "computed_tokens": float(sum(plan.tokens for plan in plans)),
         "padding": sum(plan.padding for plan in plans) / max(1, len(plans)),
     }
