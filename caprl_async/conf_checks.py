@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from caprl_async import conf_files, conf_help, conf_loss
+from caprl_async import conf_files, conf_help, conf_learner, conf_loss
 from caprl_async.conf_help import value_of
 from caprl_async.config import Blind, Config, EngineConfig, JudgeMode, WeightBackend
 from caprl_async.judge.chat import clashes as endpoint_clashes
@@ -159,6 +159,8 @@ _BOUNDS: dict[str, _Bound] = {
     "learner.micro_batch_tokens": _AT_LEAST_1,
     "learner.logprob_chunk": _AT_LEAST_1,
     "learner.zero_stage": ("0, 1, 2 or 3", lambda v: 0 <= v <= 3),
+    "learner.lora.rank": _NOT_NEGATIVE,
+    "learner.lora.alpha": _POSITIVE,
     "learner.threads": _NOT_NEGATIVE,
     "weights.broadcast_interval": _AT_LEAST_1,
     "weights.timeout_s": _POSITIVE,
@@ -217,6 +219,7 @@ def _combinations(config: Config) -> Iterator[str]:
     yield from _sampling(config)
     yield from _queue(config)
     yield from conf_loss.problems(config)
+    yield from conf_learner.problems(config)
     yield from _judging(config)
     yield from _endpoint(config)
     yield from _heldout(config)

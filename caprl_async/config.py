@@ -215,11 +215,22 @@ class CorrectionConfig:
 
 @dataclass
 class KLConfig:
-    """Pull towards the start policy; it needs a second copy of the model."""
+    """Pull towards the start policy; it needs a second copy of the model, except with LoRA."""
 
     coef: float = key(0.0, "weight; 0: no reference model")
     estimator: KLEstimator = key(KLEstimator.k3, "k1 | k2 | k3; in the loss k1's gradient is 0 on average")
     place: KLPlace = key(KLPlace.loss, "in the loss, per token | in the reward, summed over the caption")
+
+
+@dataclass
+class LoRAConfig:
+    """Low-rank adapters on the language model; all else is frozen. Engines get the merged weights."""
+
+    rank: int = key(0, "of the adapters; 0: all weights are trained")
+    alpha: int = key(32, "what an adapter adds is multiplied by alpha / rank")
+    targets: list[str] = key(
+        [], "endings of the layers' names, as [q_proj, v_proj]; empty: every linear layer"
+    )
 
 
 @dataclass
@@ -251,11 +262,13 @@ class LearnerConfig:
     micro_batch_tokens: int = key(16384, "tokens computed at one time, prompt and captions; bounds memory")
     logprob_chunk: int = key(1024, "tokens whose vocabulary logits exist at one time")
     zero_stage: int = key(0, "DeepSpeed ZeRO stage")
+    offload_optimizer: bool = key(False, "GPU: the optimizer lives and works on the CPU; needs a zero_stage")
     dtype: str = key("bfloat16", "float32 | bfloat16")
     freeze_vision: bool = key(False, "train only the language model")
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     gradient_checkpointing: bool = key(False, "recompute activations in backward")
     device: str = key("cuda", "cpu | cuda")
-    threads: int = key(0, "CPU: threads of torch in each rank; 0: torch decides")
+    threads: int = key(0, "CPU, offload_optimizer: threads of torch in each rank; 0: torch decides")
 
 
 @dataclass

@@ -208,6 +208,11 @@ def test_wrong_types(load: Callable[..., Config], override: str, words: list[str
             ["dual_clip=3", "kind=gspo"],
         ),
         (["learner.correction.trust_region.dual_clip=1.1"], ["dual_clip=1.1", "clip_high=0.2"]),
+        (["learner.offload_optimizer=true"], ["offload_optimizer=true", "learner.zero_stage=0"]),
+        (["learner.lora.targets=[q_proj]"], ["learner.lora.targets=['q_proj']", "learner.lora.rank=0"]),
+        (["learner.lora.rank=8", "learner.lora.targets=['']"], ["learner.lora.targets=['']", "ending"]),
+        (["learner.lora.rank=-1"], ["learner.lora.rank=-1", "0 or more"]),
+        (["learner.lora.rank=8", "learner.lora.alpha=0"], ["learner.lora.alpha=0", "above 0"]),
         (["learner.sum_length=9"], ["sum_length=9", "aggregation=token_mean"]),
         (
             ["learner.correction.trust_region.kind=gspo", "learner.updates_per_batch=2"],

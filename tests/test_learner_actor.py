@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 from learner_kit import POLICY, images, make_batch, tiny_config, tiny_processor
 from safetensors.torch import load_file
 
+from caprl_async.config import LoRAConfig
 from caprl_async.types import FOREIGN, TrainBatch, Version
 
 pytestmark = pytest.mark.slow
@@ -177,14 +178,21 @@ def test_one_rank_trains_snapshots_saves_and_resumes(tmp_path: Path) -> None:
     mp.spawn(one_rank, (str(tmp_path),), nprocs=1)
 
 
-def two_ranks(rank: int, port: int, folder: str, stage: int) -> None:
+TWO_RANKS: dict[str, dict[str, Any]] = {
+    "zero1-offload": {"zero_stage": 1, "offload_optimizer": True},
+    "zero3": {"zero_stage": 3},
+    "zero3-lora": {"zero_stage": 3, "lora": LoRAConfig(rank=4, targets=["self_attn.q_proj", "up_proj"])},
+}
+
+
+def two_ranks(rank: int, port: int, folder: str, learner: dict[str, Any]) -> None:
     from caprl_async.learner.actor import NoSnapshot, RanksDisagree
 
     root = Path(folder)
-    actor, hub = started(rank, 2, port, root, zero_stage=stage, micro_batch_tokens=300)
+    actor, hub = started(rank, 2, port, root, micro_batch_tokens=300, **learner)
     actor.train_step(Version(0, 0))
-    (root / f"cut{stage}").mkdir(exist_ok=True)
-    actor.save(str(root / f"cut{stage}"))
+    (root / "cut").mkdir(exist_ok=True)
+    actor.save(str(root / "cut"))
     if rank == 0:
         after = dict(actor.snapshot()[1])
         assert all(tensor.numel() for tensor in after.values())
@@ -192,26 +200,52 @@ def two_ranks(rank: int, port: int, folder: str, stage: int) -> None:
         with pytest.raises(NoSnapshot):
             actor.snapshot()
     actor.train_step(Version(0, 1))
-    actor.load(str(root / f"cut{stage}"), Version(1, 1))
+    if rank == 0:
+        wanted = dict(actor.snapshot()[1])
+    actor.load(str(root / "cut"), Version(1, 1))
     if rank == 0:
         assert all(torch.equal(actor.snapshot()[1][name], after[name]) for name in after)
+    hub.batches[Version(1, 1)] = moved(hub.batches[Version(0, 1)], Version(1, 1))
+    actor.train_step(Version(1, 1))
+    if rank == 0:
+        assert all(torch.equal(actor.snapshot()[1][name], wanted[name]) for name in wanted)
     if rank == 1:
         hub.batches[Version(1, 2)] = moved(hub.batches[Version(0, 2)], Version(1, 2))
     with pytest.raises(RanksDisagree, match="no batch" if rank == 0 else "train/0@0"):
         actor.train_step(Version(1, 2))
     # The store lives in rank 0, which must not leave before the other has finished.
-    (root / f"done-{stage}-{rank}").touch()
-    while len(list(root.glob(f"done-{stage}-*"))) < 2:
+    (root / f"done-{rank}").touch()
+    while len(list(root.glob("done-*"))) < 2:
         time.sleep(0.05)
     actor.stop()
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_two_ranks_share_snapshots_and_checkpoints(tmp_path: Path, stage: int) -> None:
+@pytest.mark.parametrize("case", TWO_RANKS)
+def test_two_ranks_share_snapshots_and_checkpoints(tmp_path: Path, case: str) -> None:
     import socket
 
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = int(probe.getsockname()[1])
-    mp.spawn(two_ranks, (port, str(tmp_path), stage), nprocs=2)
-    hf = load_file(tmp_path / f"cut{stage}" / "hf" / "model.safetensors")
-    assert hf.keys() == load_file(POLICY / "model.safetensors").keys()
+    mp.spawn(two_ranks, (port, str(tmp_path), TWO_RANKS[case]), nprocs=2)
+    hf, start = (load_file(folder / "model.safetensors") for folder in (tmp_path / "cut" / "hf", POLICY))
+    assert hf.keys() == start.keys()
+    if "lora" in TWO_RANKS[case]:
+        changed = {name for name in hf if not torch.equal(hf[name], start[name])}
+        targets = ("self_attn.q_proj.weight", "mlp.up_proj.weight")
+        assert changed == {name for name in hf if name.startswith("model.") and name.endswith(targets)}
+        adapter_makes(tmp_path / "cut" / "adapter", tmp_path / "cut" / "hf")
+
+
+def adapter_makes(adapter: Path, hf: Path) -> None:
+    """On the start policy, merged by peft."""
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    start = AutoModelForImageTextToText.from_pretrained(POLICY, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(start, adapter).merge_and_unload()
+    expected = AutoModelForImageTextToText.from_pretrained(hf, dtype=torch.float32)
+    for (name, ours), (same, theirs) in zip(
+        expected.named_parameters(), merged.named_parameters(), strict=True
+    ):
+        assert name == same
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0, msg=name)

@@ -24,6 +24,7 @@ from torch import Tensor
 from caprl_async.config import Config
 from caprl_async.learner.batch import NotFinite
 from caprl_async.learner.engine import join_group, prepare, same_on_all_ranks
+from caprl_async.learner.lora import adapter_weights, save_adapter
 from caprl_async.learner.model import load_policy
 from caprl_async.learner.offenders import save_offenders
 from caprl_async.learner.snapshot import (
@@ -273,17 +274,22 @@ class LearnerActor:
     def save(self, path: str) -> None:
         """Writes `path/trainer` (all ranks) and `path/hf` (rank 0); the folder must be shared by all nodes.
 
-        Both appear under their names only when complete.
+        With LoRA `hf` is merged, and `path/adapter` holds the adapter alone. Each appears under its name only
+        when complete.
         """
         trainer = self._ready()
         root = Path(path)
-        fresh = {name: root / f".{name}.new" for name in ("trainer", "hf")}
+        names = ("trainer", "hf", "adapter") if self.config.learner.lora.rank else ("trainer", "hf")
+        fresh = {name: root / f".{name}.new" for name in names}
         if self.rank == 0:
             for folder in fresh.values():
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
         dist.barrier()
         trainer.engine.save(fresh["trainer"])
+        adapter = trainer.engine.gather_weights(adapter_weights(trainer.hf))
+        if adapter:
+            save_adapter(trainer.hf, adapter, fresh["adapter"])
         if self._own is not None:
             export(trainer.hf, self._own, Path(self.config.policy.model), fresh["hf"])
         dist.barrier()
@@ -315,8 +321,9 @@ class LearnerActor:
 
     def _use_threads(self) -> None:
         # OpenMP keeps the number per calling thread, and the actor runs each call in any of several.
-        if self.config.learner.device == "cpu" and self.config.learner.threads > 0:
-            torch.set_num_threads(self.config.learner.threads)
+        learner = self.config.learner
+        if (learner.device == "cpu" or learner.offload_optimizer) and learner.threads > 0:
+            torch.set_num_threads(learner.threads)
 
 
 def _fingerprint(batch: TrainBatch | None) -> int:

@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from caprl_async.config import LearnerConfig
+from caprl_async.learner.lora import Weight, merged_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
 _TAG = "state"
@@ -44,6 +45,7 @@ def zero_stage(config: LearnerConfig) -> int:
 
 def deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
     """DeepSpeed's own configuration. It must not divide: the loss comes with one global normaliser."""
+    offload = {"offload_optimizer": {"device": "cpu"}} if config.offload_optimizer else {}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -55,7 +57,10 @@ def deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
             "overlap_comm": config.device == "cuda",
             # Gathered for a checkpoint by the learner itself, parameter by parameter.
             "stage3_gather_16bit_weights_on_model_save": False,
+            **offload,
         },
+        # Torch's AdamW works on the CPU as well; DeepSpeed's own needs a compiler.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 40,
         "wall_clock_breakdown": False,
     }
@@ -168,23 +173,30 @@ class TrainEngine:
             raise GradientNotFinite(f"the norm of the gradient is {norm}")
 
     def gather(self, module: nn.Module) -> dict[str, Tensor] | None:
-        """Copies of all parameters of a submodule by name, on the CPU of rank 0; None on the other ranks."""
+        """Copies of all parameters of a submodule by name, on the CPU of rank 0; None on the other ranks.
+
+        Adapters are merged into what they adapt.
+        """
+        return self.gather_weights(merged_weights(module))
+
+    def gather_weights(self, weights: Iterable[Weight]) -> dict[str, Tensor] | None:
+        """Their values by name, on the CPU of rank 0; None on the other ranks."""
         keep = dist.get_rank() == 0
         copies: dict[str, Tensor] = {}
-        for name, parameter in module.named_parameters():
-            with self._whole(parameter):
+        for weight in weights:
+            with self._whole(weight.parts):
                 if keep:
-                    copies[name] = parameter.detach().to("cpu", copy=True)
+                    copies[weight.name] = weight.value()
         return copies if keep else None
 
     @contextmanager
-    def _whole(self, parameter: nn.Parameter) -> Iterator[None]:
+    def _whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         if self.stage < 3:
             yield
             return
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters([parameter]):
+        with deepspeed.zero.GatheredParameters(parameters):
             yield
 
     def save(self, folder: Path) -> None:

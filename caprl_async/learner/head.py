@@ -71,26 +71,34 @@ class _TokenLogProbs(torch.autograd.Function):
             return None, None, None, None, None, None
         grad = given.new_zeros(len(targets)) if grad is None else grad
         grad_states = torch.empty_like(states)
-        grad_weight = torch.zeros_like(weight, dtype=grad.dtype)  # chunks add up in full precision
+        # Chunks add up in full precision; a frozen layer (LoRA) needs none.
+        grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if ctx.needs_input_grad[1] else None
         bonus = [None] * len(targets) if grad_entropy is None else grad_entropy.split(ctx.chunk)
         pieces = zip(*(x.split(ctx.chunk) for x in (states, targets, grad, grad_states)), strict=True)
         for (part, wanted, slope, into), extra in zip(pieces, bonus, strict=False):
             logprobs = _log_softmax(part, weight, banned, ctx.temperature)
             grad_logits = _slope(logprobs, wanted, slope, extra).div_(ctx.temperature)
             torch.mm(grad_logits.to(weight.dtype), weight, out=into)
-            grad_weight.addmm_(grad_logits.T, part.to(grad.dtype))
-        return grad_states, grad_weight.to(weight.dtype), None, None, None, None
+            if grad_weight is not None:
+                grad_weight.addmm_(grad_logits.T, part.to(grad.dtype))
+        return (
+            grad_states,
+            grad_weight.to(weight.dtype) if grad_weight is not None else None,
+            *(None,) * 4,
+        )
 
 
 def _slope(logprobs: Tensor, targets: Tensor, grad: Tensor, grad_entropy: Tensor | None) -> Tensor:
-    """Gradient [T, V] of the scaled logits z, 0 for banned tokens.
+    """Gradient [T, V] of the scaled logits z, 0 for banned tokens; overwrites `logprobs`.
 
     d logp_target / dz = onehot(target) - p;  d H / dz = -p (log p + H).
     """
-    probabilities = logprobs.exp()
-    slope = probabilities * -grad.unsqueeze(-1)
-    if grad_entropy is not None:
+    probabilities = logprobs.exp_()
+    if grad_entropy is None:
+        slope = probabilities.mul_(-grad.unsqueeze(-1))
+    else:
         surprise = torch.special.entr(probabilities)
         total = surprise.sum(-1, keepdim=True)
-        slope += (surprise - probabilities * total) * grad_entropy.unsqueeze(-1)
+        slope = (surprise - probabilities * total) * grad_entropy.unsqueeze(-1)
+        slope -= probabilities.mul_(grad.unsqueeze(-1))
     return slope.scatter_add_(-1, targets.unsqueeze(-1), grad.unsqueeze(-1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from math import isfinite
 from typing import Any
@@ -28,6 +28,7 @@ from caprl_async.learner.engine import (
     learning_rate,
     ranks_where,
 )
+from caprl_async.learner.lora import adapters_off, add_adapters, gradient_from_input
 from caprl_async.learner.losses import TokenStats, kl_estimate, policy_loss
 from caprl_async.learner.model import PolicyModel, choose_prefix, collator, load_policy
 from caprl_async.learner.pixels import PixelCache
@@ -53,24 +54,40 @@ class Trainer:
         self.costs = costs_of(self.hf, self.prefix)
         self.collate = collator(self.hf, processor.image_token_id, PixelCache(processor), self.prefix)
         self.banned = frozenset(processor.banned_token_ids)
-        self.reference = self._reference()
         if config.learner.freeze_vision:
             self.hf.model.visual.requires_grad_(False)
+        if config.learner.lora.rank:
+            add_adapters(self.hf, config.learner.lora)
         if config.learner.gradient_checkpointing:
-            self.hf.gradient_checkpointing_enable({"use_reentrant": config.learner.zero_stage == 3})
+            self._checkpoint_gradients()
         policy = self._scored(self.hf)
         self.engine = TrainEngine(policy, config.learner)
         self.device = self.engine.device
-        if self.reference is not None:
-            self.reference.to(self.device)
+        self.reference = self._reference()
         # Dropout would make the ratios differ from 1 at lag 0.
         policy.train() if config.learner.gradient_checkpointing else policy.eval()
 
-    def _reference(self) -> PolicyModel | None:
+    def _checkpoint_gradients(self) -> None:
+        learner = self.config.learner
+        reentrant = learner.zero_stage == 3
+        self.hf.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if learner.freeze_vision or learner.lora.rank:
+            self.hf.model.visual.gradient_checkpointing_disable()  # it has no backward
+        if reentrant and learner.lora.rank:
+            gradient_from_input(self.hf)
+
+    def _reference(self) -> Callable[[MicroTensors], tuple[Tensor, Tensor]] | None:
+        """The policy that training started from; with adapters it needs no copy."""
         if self.config.learner.kl.coef == 0.0:
             return None
+        if self.config.learner.lora.rank:
+            return self._without_adapters
         frozen = load_policy(self.config.policy.model, self.config.learner.dtype)
-        return self._scored(frozen).requires_grad_(False).eval()
+        return self._scored(frozen).requires_grad_(False).eval().to(self.device)
+
+    def _without_adapters(self, tensors: MicroTensors) -> tuple[Tensor, Tensor]:
+        with adapters_off(self.hf):
+            return self.engine.forward(tensors)
 
     def _scored(self, hf: Any) -> PolicyModel:
         temperature, chunk = self.config.rollout.temperature, self.config.learner.logprob_chunk
@@ -156,6 +173,8 @@ class Trainer:
         wrong: list[str] = []
         for i, micro in enumerate(micros):
             tensors = self._tensors(micro)
+            # Before the policy's own pass: ZeRO-3 expects the backward right behind that.
+            reference = self._reference_logprobs(tensors) if learner.kl.place is KLPlace.loss else None
             current, entropy = self.engine.forward(tensors)
             proximal = proximal_logprobs(
                 learner.correction.proximal,
@@ -164,7 +183,6 @@ class Trainer:
                 tensors.behaviour,
                 tensors.staleness,
             )
-            reference = self._reference_logprobs(tensors) if learner.kl.place is KLPlace.loss else None
             loss, stats = policy_loss(current, entropy, proximal, tensors.loss_tokens, learner, reference)
             wrong += _not_finite(tensors, current, stats, loss)
             self.engine.backward(loss, last=i == len(micros) - 1)

@@ -1,0 +1,141 @@
+"""LoRA through peft: adapters on the language model, and the weights that base and adapters make together.
+
+Engines and exports get W + alpha / rank * B @ A under the base's name, so nothing else knows of adapters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from caprl_async.config import LoRAConfig
+from caprl_async.learner.model import BadModel
+
+_ADAPTER = "default"
+_DOWN, _UP = f".lora_A.{_ADAPTER}.weight", f".lora_B.{_ADAPTER}.weight"  # as peft names A and B
+_BASE = ".base_layer."
+
+
+def add_adapters(hf: Any, config: LoRAConfig) -> None:
+    """Freezes a transformers model and puts an adapter beside each targeted linear layer, in place.
+
+    Raises:
+        BadModel: a target is no linear layer of the language model.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    hf.requires_grad_(False)
+    peft = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=0.0,
+        target_modules=_pattern(hf, config.targets),
+        base_model_name_or_path=hf.name_or_path,
+    )
+    inject_adapter_in_model(peft, hf, _ADAPTER)
+
+
+def _pattern(hf: Any, targets: list[str]) -> str:
+    """Matches the full names of the layers to adapt: none outside the language model."""
+    inner = hf.model.language_model
+    layers = [f".{name}" for name, module in inner.named_modules() if isinstance(module, nn.Linear)]
+    every = sorted({name.rpartition(".")[2] for name in layers})
+    strange = [target for target in targets if not any(name.endswith(f".{target}") for name in layers)]
+    if strange:
+        raise BadModel(
+            f"learner.lora.targets: no linear layer of the language model ends in {', '.join(strange)}; "
+            f"there are {', '.join(every)}"
+        )
+    endings = "|".join(re.escape(target) for target in targets or every)
+    return rf"model\.language_model\.(?:.*\.)?(?:{endings})"
+
+
+def gradient_from_input(hf: Any) -> None:
+    """Lets reentrant checkpoints be: one whose input needs no gradient gives none to the adapters inside it.
+
+    transformers' own switch would send a gradient through the frozen vision tower as well.
+    """
+    hf.get_input_embeddings().register_forward_hook(lambda module, args, embeds: embeds.requires_grad_(True))
+
+
+@contextmanager
+def adapters_off(hf: Any) -> Iterator[None]:
+    """Within it the model is the one that training started from."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in hf.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight by name, and what it is made of."""
+
+    name: str
+    base: nn.Parameter  # [out, in], or any other shape without an adapter
+    adapter: tuple[nn.Parameter, nn.Parameter] | None = None  # A [rank, in] and B [out, rank]
+    scale: float = 1.0
+
+    @property
+    def parts(self) -> list[nn.Parameter]:
+        return [self.base, *(self.adapter or ())]
+
+    def value(self) -> Tensor:
+        """A copy on the CPU, in the base's dtype; the sum is made in float32 or better."""
+        base = self.base.detach()
+        if self.adapter is None:
+            return base.to("cpu", copy=True)
+        exact = torch.promote_types(base.dtype, torch.float32)
+        down, up = (part.detach().to(exact) for part in self.adapter)
+        return torch.addmm(base.to(exact), up, down, alpha=self.scale).to("cpu", base.dtype)
+
+
+def merged_weights(module: nn.Module) -> list[Weight]:
+    """The parameters of a module by the names they have without adapters."""
+    named = dict(module.named_parameters())
+    weights = []
+    for name, parameter in named.items():
+        if name.endswith((_DOWN, _UP)):
+            continue
+        layer, _, rest = name.rpartition(_BASE)
+        if layer and rest == "weight":
+            adapter = named[layer + _DOWN], named[layer + _UP]
+            adapted_layer: Any = module.get_submodule(layer)
+            weights.append(Weight(f"{layer}.weight", parameter, adapter, adapted_layer.scaling[_ADAPTER]))
+        else:
+            weights.append(Weight(name.replace(_BASE, "."), parameter))
+    return weights
+
+
+def adapter_weights(hf: Any) -> list[Weight]:
+    """A and B of all adapters by the names in peft's files."""
+    return [
+        Weight(f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}", parameter)
+        for name, parameter in hf.named_parameters()
+        if name.endswith((_DOWN, _UP))
+    ]
+
+
+def save_adapter(hf: Any, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Writes what `PeftModel.from_pretrained` puts on the base; `tensors` are of `adapter_weights`."""
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME
+    from safetensors.torch import save_file
+
+    config = copy(hf.peft_config[_ADAPTER])
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
