@@ -163,6 +163,18 @@ def test_versions_that_may_be_captioned_under() -> None:
     assert not fresh(Version(1, 6), learner, 2)  # of the future
 
 
+def test_an_engine_behind_the_learner_gets_no_prompt_that_would_be_trained_too_late(tmp_path: Path) -> None:
+    world = World(tmp_path, max_staleness=1, batch_groups=2)
+    world.failures = False
+    for action in (0, 0, 1, 1, 2, 2, 3, 0, 0):  # one batch is trained on, two more groups are under way
+        world.step(action)
+    assert world.flow.version == Version(0, 1)
+    assert len(world.generating) == 2
+    # What version 0 captions is too old for the batch after the next, and the next has its groups.
+    assert world.flow.next_generate("rollout-0", Version(0, 0), world.now) is None
+    assert world.flow.next_generate("rollout-0", Version(0, 1), world.now) is not None
+
+
 def test_a_stale_group_is_captioned_again_before_any_new_prompt(tmp_path: Path) -> None:
     world = World(tmp_path, max_staleness=1, batch_groups=1)
     world.failures = False

@@ -23,6 +23,7 @@ from replay_kit import (
     write_data,
 )
 
+from caprl_async.replay.tally import Measured
 from caprl_async.replay.transport import encode
 from caprl_async.types import Credit, Generated, GenerateLease, Hello, Role, Version
 
@@ -68,6 +69,51 @@ def test_the_ring_turns_and_the_ledger_adds_up(tmp_path: Path) -> None:
         assert samples[0]["questions"][1]["answer"] is None
 
     run(whole())
+
+
+def test_an_engine_that_announces_its_new_weights_need_not_wait_for_a_heartbeat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("caprl_async.replay.peer._BEAT_S", 60.0)
+
+    async def whole() -> None:
+        config = make_config(tmp_path)
+        config.replay.max_staleness = 0
+        rollout, judge = StubRollout(), StubJudge()
+        async with (
+            running(config, tmp_path) as (queue, address),
+            connected(address, rollout, judge) as (peer, _),
+        ):
+            learner = StubLearner(address)
+            await queue.open_admission()
+            for step in range(3):
+                await turn(queue, learner, rollout, step)
+                peer.announce()
+
+    run(whole(), timeout=20.0)
+
+
+def test_a_batch_is_read_while_the_learner_trains_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Version] = []
+    monkeypatch.setattr(Measured, "metrics", lambda self: read.append(self.batch.version) or self.numbers)
+
+    async def whole() -> None:
+        config = make_config(tmp_path)
+        async with (
+            running(config, tmp_path) as (queue, address),
+            connected(address, StubRollout(), StubJudge()),
+        ):
+            await queue.open_admission()
+            await StubLearner(address).batch(Version(0, 0))
+            while not read:
+                await asyncio.sleep(0.01)
+            await queue.trained(Version(0, 1), 1.0, 2.0)
+            assert (await queue.step_metrics(Version(0, 0)))["staleness_max"] == 0
+            assert read == [Version(0, 0)]
+
+    run(whole(), timeout=20.0)
 
 
 def test_without_staleness_batches_are_the_samplers_order(tmp_path: Path) -> None:

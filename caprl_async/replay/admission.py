@@ -10,11 +10,13 @@ def capacity(*, max_staleness: int, steps: int, batch_groups: int, taken: int, o
     """New prompts to admit: (max_staleness + steps + 1) * batch_groups - (taken + outstanding).
 
     Within this bound (AReaL, arXiv 2505.24298) what is sampled now is trained on no later than
-    `max_staleness` steps from now. With `max_staleness` 0 it is exactly the batch that is being collected.
+    `max_staleness` steps after the weights that sample it. With `max_staleness` 0 it is exactly the batch
+    that is being collected.
 
     Args:
-        steps: learner steps done, counted from where this run (or epoch) began.
-        taken: groups in the batches of these steps and in one that is cut and not yet trained on.
+        steps: learner steps behind the weights of the engine that will sample, counted from where this run
+            (or epoch) began. The learner may be ahead: an engine gets its weights after a transfer.
+        taken: groups in the batches of all steps and in one that is cut and not yet trained on.
         outstanding: prompts admitted and neither taken nor evicted. An evicted prompt gives its place back,
             which is the refill.
     """

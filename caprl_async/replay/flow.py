@@ -82,10 +82,14 @@ class TrainFlow:
 
     @property
     def capacity(self) -> int:
-        """New prompts that may be admitted now."""
+        """New prompts that may be admitted now, to an engine that has the learner's weights."""
+        return self._capacity(self.version)
+
+    def _capacity(self, engine: Version) -> int:
+        """New prompts for an engine with these weights, which may be older than the learner's."""
         return capacity(
             max_staleness=self._replay.max_staleness,
-            steps=self.version.step - self._base,
+            steps=engine.step - self._base,
             batch_groups=self._replay.batch_groups,
             taken=self._taken,
             outstanding=self.outstanding,
@@ -110,8 +114,8 @@ class TrainFlow:
         if prepared.index == self.next_wanted:
             self._prepared.append(prepared)
 
-    def _admit(self) -> Life | None:
-        while self._prepared and self.capacity >= 1:
+    def _admit(self, engine: Version) -> Life | None:
+        while self._prepared and self._capacity(engine) >= 1:
             prepared = self._prepared.popleft()
             self.cursor = prepared.index + 1
             life = self._new_life(prepared, 0)
@@ -135,12 +139,12 @@ class TrainFlow:
     def next_generate(self, peer: str, engine: Version | None, now: float) -> GenerateWork | None:
         if not self.is_open or self.finished:
             return None
-        if not may_caption(engine, self.version, self._replay.max_staleness):
+        if engine is None or not may_caption(engine, self.version, self._replay.max_staleness):
             return None
-        life = pop_due(self._again, now) or self._admit()
+        life = pop_due(self._again, now) or self._admit(engine)
         if life is None:
             return None
-        self._record(life, Event.GENERATING, engine or self.version, peer=peer)
+        self._record(life, Event.GENERATING, engine, peer=peer)
         return GenerateWork(self, life.prompt, engine)
 
     def next_judge(self, peer: str, serves: str, now: float) -> JudgeWork | None:

@@ -77,6 +77,7 @@ class ReplayQueue:
         self._evals: dict[str, tuple[EvalRun, asyncio.Event]] = {}
         self._eval_data: dict[str, Dataset] = {}
         self._rates = Rates()
+        self._reading: tuple[Version, asyncio.Task[dict[str, float]]] | None = None  # of the last cut
         self._probe = Probe(config.reward.absent, config.evaluate.probe_images)
         self._probes = 0  # begun
         self._probed: list[Row] | None = None  # the images that they take turns with
@@ -226,6 +227,8 @@ class ReplayQueue:
         append_samples(self._run_dir / "samples.jsonl", cut, self._config.observe.samples_per_step)
         if self._config.observe.record_batches:
             record_batch(self._run_dir / "batches", cut)
+        # While the learner trains: it would wait for its end otherwise.
+        self._reading = (cut.batch.version, self._read(cut.batch.version))
         self._probe.trained_on(self._flow.measured(cut.batch.version).numbers["accuracy_all_mean"])
         wanted = self._config.data.heldout and self._config.evaluate.probe_images
         if wanted and (self._probing is None or self._probing.done()):  # one at a time
@@ -247,12 +250,16 @@ class ReplayQueue:
     async def step_metrics(self, version: Version) -> dict[str, float]:
         """Measures of the batch cut at `version` (see replay/metrics.py), flat."""
         self._check()
+        cut, reading = self._reading or (None, None)
         return {
-            **await asyncio.to_thread(self._flow.measured(version).metrics),
+            **await (reading if reading is not None and cut == version else self._read(version)),
             **self._probe.metrics(),
             "captions_sampled": float(self._flow.captions_sampled),
             "captions_trained": float(self._flow.captions_trained),
         }
+
+    def _read(self, version: Version) -> asyncio.Task[dict[str, float]]:
+        return asyncio.create_task(asyncio.to_thread(self._flow.measured(version).metrics))
 
     async def status(self) -> dict[str, Any]:
         """What happens now, in plain values; `metrics` are flat numbers for a chart."""

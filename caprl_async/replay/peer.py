@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import zmq
@@ -51,6 +52,11 @@ class Peer:
         self._running: dict[int, asyncio.Future[Answer]] = {}
         self._unacked: dict[int, tuple[float, bytes]] = {}  # lease -> when sent, answer
         self._serving: asyncio.Task[Any] | None = None
+        self._news = asyncio.Event()
+
+    def announce(self) -> None:
+        """Sends the next Credit now: its fields have changed. Call it in the loop that serves."""
+        self._news.set()
 
     async def serve(self, handle: Handle, max_in_flight: int, stats: Callable[[], dict[str, Any]]) -> None:
         """Works until `close`. `handle(lease)` returns the answer; its exception becomes a `failure`.
@@ -94,7 +100,10 @@ class Peer:
                 if now - sent >= _RESEND_S:
                     self._unacked[lease] = (now, data)
                     await self._socket.send(data)
-            await asyncio.sleep(_BEAT_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_BEAT_S):  # wait_for may swallow a cancellation
+                    await self._news.wait()
+            self._news.clear()
 
     async def _leases(self) -> AsyncIterator[Lease]:
         """New leases; acknowledgements and revocations are dealt with on the way."""

@@ -24,6 +24,7 @@ from caprl_async.rollout import sampling
 from caprl_async.types import CaptionGroup, Generated, GenerateLease, Hello, Prompt, Role
 
 if TYPE_CHECKING:
+    from caprl_async.replay.peer import Peer
     from caprl_async.replay.transport import HubAddress
 
 _WATCH_S = 1.0  # between looks at an engine that may have died while idle
@@ -44,6 +45,7 @@ class RolloutActor:
         self._hub = hub
         self._engine: Engine | None = None
         self._processor: PolicyProcessor | None = None
+        self._peer: Peer | None = None
         self._starting = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
         self._groups = 0
@@ -117,7 +119,9 @@ class RolloutActor:
         """
         from caprl_async.weights.receiver import receive
 
-        return await self.engine.call(lambda llm: receive(llm, info, version))
+        seconds = await self.engine.call(lambda llm: receive(llm, info, version))
+        self.announce()
+        return seconds
 
     async def weights_fingerprint(self) -> dict[str, str]:
         """sha256 of each tensor the engine now computes with, by checkpoint name.
@@ -155,6 +159,11 @@ class RolloutActor:
             "tokens": stats.sampled_tokens,
             "cached_tokens": stats.cached_tokens,
         }
+
+    def announce(self) -> None:
+        """Tells the queue at once that the weights are new: it may be waiting for an engine that has them."""
+        if self._peer is not None:
+            self._peer.announce()
 
     @property
     def engine(self) -> Engine:
@@ -194,8 +203,10 @@ class RolloutActor:
 
         hello = Hello(role=Role.ROLLOUT, name=self.name, incarnation=uuid.uuid4().hex)
         try:
-            peer = Peer(self._hub, hello)
-            await peer.serve(self.answer, self._config.rollout.max_requests_in_flight_per_actor, self.credit)
+            self._peer = Peer(self._hub, hello)
+            await self._peer.serve(
+                self.answer, self._config.rollout.max_requests_in_flight_per_actor, self.credit
+            )
         except Exception as error:  # a rollout that takes no leases must not look alive
             self._die(error)
 
