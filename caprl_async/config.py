@@ -257,7 +257,7 @@ class LearnerConfig:
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     prefix: Prefix = key(
         Prefix.shared,
-        "shared: image and prompt are computed once per group | repeated: once per caption (any family)",
+        "shared: image and prompt are computed once per group | repeated: once per caption",
     )
     micro_batch_tokens: int = key(16384, "tokens computed at one time, prompt and captions; bounds memory")
     logprob_chunk: int = key(1024, "tokens whose vocabulary logits exist at one time")

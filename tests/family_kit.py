@@ -39,9 +39,10 @@ _TOWERS: dict[str, dict[str, Any]] = {
         "num_position_embeddings": 64,
     },
 }
+_TOWERS["qwen3_vl_moe"] = _TOWERS["qwen3_vl"]
 
 
-def tiny_family(kind: str, **text: Any) -> Any:
+def tiny_family(kind: str, tied: bool = False, **text: Any) -> Any:
     """A captioner of `model_type` kind with random weights: 2 layers, 4 heads, 2 of keys, 4 px patches."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -60,10 +61,11 @@ def tiny_family(kind: str, **text: Any) -> Any:
             "head_dim": 8,
             "max_position_embeddings": 512,
             "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
-            "tie_word_embeddings": False,
+            "tie_word_embeddings": tied,
             **text,
         },
         vision_config={"depth": 2, "num_heads": 2, "patch_size": 4, **_TOWERS[kind]},
+        tie_word_embeddings=tied,
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         vision_start_token_id=START,

@@ -32,6 +32,9 @@ from caprl_async.observe.names import METRICS
 Write = Callable[..., Path]
 
 
+PATCHES = {"vision_config": {"spatial_merge_size": 2}, "image_token_id": 5}
+
+
 def _checkpoint(folder: Path, **config: Any) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -49,7 +52,7 @@ def minimal(tmp_path: Path) -> dict[str, Any]:
     return {
         "run_dir": str(tmp_path / "run"),
         "data": {"train": str(data), "heldout": str(heldout)},
-        "policy": {"model": str(_checkpoint(tmp_path / "policy", vision_config={}, model_type="qwen2_5_vl"))},
+        "policy": {"model": str(_checkpoint(tmp_path / "policy", **PATCHES))},
         "judge": {"model": str(_checkpoint(tmp_path / "judge", architectures=["Qwen2ForCausalLM"]))},
         "learner": {"device": "cpu"},
         "weights": {"backend": "gloo"},
@@ -285,9 +288,12 @@ def test_a_judge_that_sees_and_a_captioner_that_does_not_are_refused(
 
 
 def test_models_that_the_ring_cannot_run_are_refused(load: Callable[..., Config], tmp_path: Path) -> None:
+    other = _checkpoint(tmp_path / "other", vision_config={}, model_type="llava")
     encoder = _checkpoint(tmp_path / "encoder", architectures=["BertModel"])
-    with pytest.raises(ConfError, match="BertModel"):
-        load(f"judge.model={encoder}")
+    with pytest.raises(ConfError) as error:
+        load(f"policy.model={other}", f"judge.model={encoder}")
+    assert "llava" in str(error.value)
+    assert "BertModel" in str(error.value)
 
 
 def test_all_problems_of_one_kind_come_in_one_error(load: Callable[..., Config]) -> None:

@@ -16,6 +16,7 @@ from learner_kit import POLICY, images, make_batch, tiny_config, tiny_processor
 from safetensors.torch import load_file
 
 from caprl_async.config import LoRAConfig
+from caprl_async.learner.prefix import ATTENTION
 from caprl_async.types import FOREIGN, TrainBatch, Version
 
 pytestmark = pytest.mark.slow
@@ -148,6 +149,7 @@ def exported_like_transformers(actor: Any, hf: Path, root: Path) -> None:
     for name, parameter in actor._trainer.hf.named_parameters():
         assert torch.equal(dict(model.named_parameters())[name], parameter)
     AutoProcessor.from_pretrained(hf)
+    assert ATTENTION not in (hf / "config.json").read_text()
     model.save_pretrained(root / "plain")
     ours, theirs = load_file(hf / "model.safetensors"), load_file(root / "plain" / "model.safetensors")
     assert ours.keys() == theirs.keys()

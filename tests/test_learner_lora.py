@@ -7,12 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from learner_kit import POLICY
+from learner_kit import POLICY, tiny_config
 from peft import PeftModel
 
 from caprl_async.config import LoRAConfig
-from caprl_async.learner.lora import adapter_weights, adapters_off, add_adapters, merged_weights, save_adapter
-from caprl_async.learner.model import BadModel, load_policy
+from caprl_async.learner.lora import (
+    adapter_weights,
+    adapters_off,
+    add_adapters,
+    dithered,
+    merged_weights,
+    save_adapter,
+)
+from caprl_async.learner.model import BadModel, checkpoint_activations, load_policy
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -94,3 +101,47 @@ def test_without_its_adapters_the_model_is_the_base() -> None:
     base.load_state_dict({weight.name: weight.value() for weight in merged_weights(model)}, strict=False)
     torch.testing.assert_close(logits(base), with_them, atol=1e-4, rtol=0)
     assert sum(p.requires_grad for p in model.parameters()) == 2 * len(layers(model))
+
+
+def test_small_adapters_reach_engines_in_bfloat16() -> None:
+    """Rounded to the nearest they would not: they add far less than a step of the grid."""
+    model = adapted("bfloat16")
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, mean=1e-4, std=1e-5)
+    state = torch.randn(256, 128, generator=torch.Generator().manual_seed(1))
+    for weight in merged_weights(model):
+        if weight.adapter is None or weight.base.shape[1] != 128:
+            continue
+        down, up = (part.float() for part in weight.adapter)
+        added = state @ (weight.scale * up @ down).T
+        merged = state @ (weight.value().float() - weight.base.float()).T
+        nearest = (weight.base.float() + weight.scale * up @ down).bfloat16().float() - weight.base.float()
+        along = (merged * added).sum() / added.square().sum()
+        assert 0.8 < along < 1.2
+        assert (state @ nearest.T * added).sum() / added.square().sum() < 0.5
+        assert torch.equal(weight.value(), weight.value())
+
+
+def test_dithering_keeps_the_mean_and_what_is_on_the_grid() -> None:
+    grid = torch.randn(200, 200, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    assert torch.equal(dithered(grid, 7), grid)
+    step = grid.abs() * 2**-9  # a quarter to half of a step
+    moved = dithered(grid + step, 7) - grid
+    assert (moved.sum() / step.sum()).item() == pytest.approx(1, abs=0.02)
+    assert torch.equal(dithered(grid + step, 7).bfloat16().float(), dithered(grid + step, 7))
+
+
+def test_a_frozen_tower_gets_no_gradient_though_activations_are_checkpointed() -> None:
+    """transformers makes the output of each embedding need one when checkpointing is enabled."""
+    config = tiny_config(freeze_vision=True, gradient_checkpointing=True)
+    model = load_policy(POLICY, "float32")
+    model.model.visual.requires_grad_(False)
+    checkpoint_activations(model, config.learner)
+    seen: list[bool] = []
+    model.model.visual.register_forward_hook(
+        lambda module, args, out: seen.append(out.last_hidden_state.requires_grad)
+    )
+    model.train()
+    model.model.get_image_features(torch.randn(64, 1176), torch.tensor([[1, 8, 8]]), return_dict=True)
+    assert seen == [False]

@@ -7,7 +7,7 @@ from itertools import groupby
 
 import pytest
 import torch
-from family_kit import captions_of, tiny_family
+from family_kit import PATCH_VALUES, captions_of, tiny_family
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from caprl_async.config import Prefix
 from caprl_async.data.processor import Grid
 from caprl_async.learner.batch import TrainSequence
+from caprl_async.learner.model import SHARED_FAMILIES
 from caprl_async.learner.plan import Costs, Plan, costs_of, make_plan
 
 GRIDS: list[Grid] = [(1, 4, 4), (1, 8, 8)]
@@ -123,3 +124,20 @@ def test_costs_count_what_a_model_multiplies() -> None:
         # Eager attention computes all pairs, a causal one every second.
         assert length + costs.pair * length**2 == pytest.approx(flops(length), rel=0.01)
     assert costs.scored == 60 * 32 / matrices
+    assert costs.unit == matrices
+
+
+@pytest.mark.parametrize("kind", SHARED_FAMILIES)
+def test_costs_count_what_a_tower_multiplies(kind: str) -> None:
+    model = tiny_family(kind)
+    costs = costs_of(model, Prefix.shared)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():  # it does not know the flash kernel
+        model.model.visual(torch.zeros(48, PATCH_VALUES), grid_thw=torch.tensor([[1, 6, 8]]))
+    assert 48 * costs.patch * costs.unit == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
+
+
+def test_a_group_beyond_the_budget_is_cut_into_as_few_parts_as_fit() -> None:
+    sequences = captions_of([([GRIDS[0]], 4, [10] * 16)])
+    prompt = len(sequences[0].prompt)
+    plan = make_plan(sequences, 1, prompt + 60, SHARED)
+    assert sorted(len(micro) for micro in plan.micros) == [4, 6, 6]

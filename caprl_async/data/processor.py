@@ -99,7 +99,7 @@ class PolicyProcessor:
         if placeholder is None or not hasattr(self._images, "merge_size"):
             raise UnsupportedModel(
                 f"{model}: need image_token_id in config.json and an image processor with merge_size; "
-                "use a Qwen2.5-VL checkpoint"
+                "use a checkpoint of a Qwen-VL model"
             )
         end: int | None = self.tokenizer.eos_token_id
         if end is None:

@@ -45,7 +45,7 @@ def zero_stage(config: LearnerConfig) -> int:
 
 def deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
     """DeepSpeed's own configuration. It must not divide: the loss comes with one global normaliser."""
-    offload = {"offload_optimizer": {"device": "cpu"}} if config.offload_optimizer else {}
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": config.device == "cuda"}}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -57,7 +57,7 @@ def deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
             "overlap_comm": config.device == "cuda",
             # Gathered for a checkpoint by the learner itself, parameter by parameter.
             "stage3_gather_16bit_weights_on_model_save": False,
-            **offload,
+            **(offload if config.offload_optimizer else {}),
         },
         # Torch's AdamW works on the CPU as well; DeepSpeed's own needs a compiler.
         "zero_force_ds_cpu_optimizer": False,

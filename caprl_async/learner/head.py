@@ -24,7 +24,7 @@ class ScoringHead(nn.Module):
         self.weight = weight  # [V, D]
         self.temperature = temperature
         self.chunk = chunk
-        mask = torch.zeros(weight.shape[0], dtype=torch.bool)
+        mask = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
         mask[list(banned)] = True
         self.register_buffer("banned", mask, persistent=False)
 

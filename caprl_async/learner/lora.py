@@ -6,6 +6,7 @@ Engines and exports get W + alpha / rank * B @ A under the base's name, so nothi
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -58,14 +59,6 @@ def _pattern(hf: Any, targets: list[str]) -> str:
     return rf"model\.language_model\.(?:.*\.)?(?:{endings})"
 
 
-def gradient_from_input(hf: Any) -> None:
-    """Lets reentrant checkpoints be: one whose input needs no gradient gives none to the adapters inside it.
-
-    transformers' own switch would send a gradient through the frozen vision tower as well.
-    """
-    hf.get_input_embeddings().register_forward_hook(lambda module, args, embeds: embeds.requires_grad_(True))
-
-
 @contextmanager
 def adapters_off(hf: Any) -> Iterator[None]:
     """Within it the model is the one that training started from."""
@@ -95,13 +88,32 @@ class Weight:
         return [self.base, *(self.adapter or ())]
 
     def value(self) -> Tensor:
-        """A copy on the CPU, in the base's dtype; the sum is made in float32 or better."""
+        """A copy on the CPU, in the base's dtype; the sum is made in float32 or better.
+
+        In bfloat16 an entry of the base stands on the grid and what adapters add is mostly far less than a
+        step of it, so that rounding to the nearest would send engines the base. The sum is dithered instead.
+        """
         base = self.base.detach()
         if self.adapter is None:
             return base.to("cpu", copy=True)
         exact = torch.promote_types(base.dtype, torch.float32)
         down, up = (part.detach().to(exact) for part in self.adapter)
-        return torch.addmm(base.to(exact), up, down, alpha=self.scale).to("cpu", base.dtype)
+        merged = torch.addmm(base.to(exact), up, down, alpha=self.scale)
+        if base.dtype is torch.bfloat16:
+            merged = dithered(merged, zlib.crc32(self.name.encode()))
+        return merged.to("cpu", base.dtype)
+
+
+def dithered(values: Tensor, seed: int) -> Tensor:
+    """float32 values on the grid of bfloat16, each up or down with the odds of its distance to either.
+
+    The mean over entries stays that of `values`. An entry's luck is decided by the seed alone, so that it
+    moves when its value has moved far enough, and not anew each time.
+    """
+    luck = torch.Generator(values.device).manual_seed(seed)
+    bits = values.contiguous().view(torch.int32)
+    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=luck)
+    return ((bits + noise) & ~0xFFFF).view(torch.float32)
 
 
 def merged_weights(module: nn.Module) -> list[Weight]:

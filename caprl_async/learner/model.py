@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from caprl_async.config import Prefix
+from caprl_async.config import LearnerConfig, Prefix
 from caprl_async.data.processor import Grid
 from caprl_async.learner.batch import BadBatch, TrainSequence
 from caprl_async.learner.head import ScoringHead
@@ -57,7 +57,17 @@ def load_policy(path: str | Path, dtype: str) -> Any:
             f"{path}: {type(model).__name__} does not take images as patches with a grid, as the Qwen-VL "
             f"families do ({', '.join(SHARED_FAMILIES)})"
         )
+    _without_dropout(model)
     return model
+
+
+def _without_dropout(model: Any) -> None:
+    """Checkpointing needs training mode, where dropout would make the ratios differ from 1 at lag 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
 
 
 def choose_prefix(model: Any, wanted: Prefix) -> tuple[Prefix, str]:
@@ -76,6 +86,21 @@ def choose_prefix(model: Any, wanted: Prefix) -> tuple[Prefix, str]:
             f"learner.prefix: this {kind} has sliding-window layers, so prompts are repeated",
         )
     return wanted, ""
+
+
+def checkpoint_activations(model: Any, config: LearnerConfig) -> None:
+    """Recomputes activations in backward; ZeRO-3 needs reentrant checkpoints."""
+    reentrant = config.zero_stage == 3
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    # transformers makes every embedding's output need a gradient, the frozen tower's too.
+    model.disable_input_require_grads()
+    if config.freeze_vision or config.lora.rank:
+        model.model.visual.gradient_checkpointing_disable()  # it has no backward
+    if reentrant and config.lora.rank:
+        # A reentrant checkpoint whose input needs no gradient gives none to the adapters inside it.
+        model.get_input_embeddings().register_forward_hook(
+            lambda module, args, embeds: embeds.requires_grad_(True)
+        )
 
 
 def prompt_positions(model: Any, image_token_id: int) -> Positions:

@@ -25,6 +25,7 @@ class Costs:
     pair: float = 0.0  # one token attending to one other, in all layers
     patch: float = 0.0  # one image patch through the vision tower
     scored: float = 0.0  # one caption token through the output layer
+    unit: int = 1  # multiplications that one unit of a forward pass is
 
     def tokens(self, captions: Captions) -> int:
         """Tokens that pass through the language model, padding included."""
@@ -57,7 +58,7 @@ def costs_of(model: Any, prefix: Prefix) -> Costs:
     """Estimates for a vision-language model of transformers, from its multiplications.
 
     A token takes as many in a matrix as it has entries, and in each layer's attention to one other token
-    twice the width of all heads.
+    twice the width of all heads. Attention within the vision tower is left out.
     """
     text = model.config.get_text_config()
     inner = model.model.language_model
@@ -65,12 +66,18 @@ def costs_of(model: Any, prefix: Prefix) -> Costs:
     width = text.num_attention_heads * (
         getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     )
-    tower = sum(p.numel() for p in model.model.visual.parameters() if p.ndim > 1)
+    merge = model.config.vision_config.spatial_merge_size**2  # patches that a merger takes at one time
+    tower = sum(
+        p.numel() / (merge if "merger" in name else 1)
+        for name, p in model.model.visual.named_parameters()
+        if p.ndim > 1 and "pos_embed" not in name
+    )
     return Costs(
         prefix,
         pair=2 * width * text.num_hidden_layers / linear,
         patch=tower / linear,
         scored=text.vocab_size * text.hidden_size / linear,
+        unit=linear,
     )
 
 
@@ -97,12 +104,11 @@ def make_plan(sequences: Sequence[TrainSequence], ranks: int, token_budget: int,
     """
     if costs.prefix is Prefix.shared:
         units = _fitting_groups(sequences, token_budget, costs)
-        plans = [
-            _share_out(_split(units, extra, costs), ranks, token_budget, costs) for extra in range(ranks)
-        ]
+        cuts = [0, *(2**i for i in range(ranks.bit_length()) if 2**i < ranks)]
+        plans = [_share_out(_split(units, cut, costs), ranks, token_budget, costs) for cut in cuts]
         micros = min(plans, key=lambda micros: _duration(micros, ranks, costs))
     else:
-        micros = _neighbours(sequences, token_budget, costs)
+        micros = _fill(sorted(sequences, key=lambda s: -s.length), token_budget, costs)
     fillers = _even(micros, ranks, costs)
     micros.sort(key=costs.work, reverse=True)
     # Ranks wait for each other in every micro-batch: like goes with like, and each gets the larger in turn.
@@ -125,16 +131,20 @@ def _patches(s: TrainSequence) -> int:
 
 
 def _fitting_groups(sequences: Sequence[TrainSequence], budget: int, costs: Costs) -> list[Captions]:
-    """The groups, each in as few parts as the budget allows."""
-    fitting: list[Captions] = []
-    waiting = _groups(sequences)[::-1]
-    while waiting:
-        unit = waiting.pop()
-        if len(unit) > 1 and costs.tokens(unit) > budget:
-            waiting.extend(_halves(unit))
-        else:
-            fitting.append(unit)
-    return fitting
+    """The groups, each in as few parts as its captions' order and the budget allow."""
+    return [part for group in _groups(sequences) for part in _fill(group, budget, costs)]
+
+
+def _fill(captions: Sequence[TrainSequence], budget: int, costs: Costs) -> list[Captions]:
+    """The captions in their order, cut wherever the budget is full."""
+    parts: list[Captions] = []
+    held: Captions = ()
+    for s in captions:
+        if held and costs.tokens((*held, s)) > budget:
+            parts.append(held)
+            held = ()
+        held = (*held, s)
+    return [*parts, held]
 
 
 def _split(units: list[Captions], times: int, costs: Costs) -> list[Captions]:
@@ -185,18 +195,6 @@ def _share_out(units: list[Captions], ranks: int, budget: int, costs: Costs) -> 
 def _together(units: list[Captions]) -> Captions:
     """One micro-batch; parts of one group side by side, so that they share its prompt again."""
     return tuple(sorted((s for unit in units for s in unit), key=lambda s: s.group))
-
-
-def _neighbours(sequences: Sequence[TrainSequence], budget: int, costs: Costs) -> list[Captions]:
-    """Captions by length, the longest first, cut wherever the budget is full."""
-    micros: list[Captions] = []
-    held: Captions = ()
-    for s in sorted(sequences, key=lambda s: -s.length):
-        if held and costs.tokens((*held, s)) > budget:
-            micros.append(held)
-            held = ()
-        held = (*held, s)
-    return [*micros, held]
 
 
 def _even(micros: list[Captions], ranks: int, costs: Costs) -> int:

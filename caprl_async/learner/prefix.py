@@ -63,8 +63,10 @@ class Layout:
 
     def on(self, device: torch.device) -> Layout:
         """The same with what the attention kernel of `device` needs."""
-        if device.type == "cpu":
-            return self
+        return self if device.type == "cpu" else self.with_block_mask(device)
+
+    def with_block_mask(self, device: torch.device) -> Layout:
+        """For FlexAttention; on the way there is a mask of L x L bytes."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         mask = create_block_mask(
@@ -109,12 +111,23 @@ def attend(
     through the flash kernel of the CPU by itself.
     """
     if query.device.type != "cpu":
-        from transformers.integrations.flex_attention import flex_attention_forward
-
-        return flex_attention_forward(module, query, key, value, layout.block_mask, scaling=scaling)[0], None
+        return flex(module, query, key, value, layout, scaling), None
     shared = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(shared, dim=1) if shared > 1 else x for x in (key, value))
     return _TwoPart.apply(query, key, value, layout.groups, scaling).transpose(1, 2), None
+
+
+def flex(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float
+) -> Tensor:
+    """`attend` by FlexAttention; the layout has its block mask."""
+    from transformers.integrations.flex_attention import flex_attention_forward
+
+    # A row's length, gradients or none, checkpoints: each may compile anew. Beyond the limit it would go
+    # on unfused, without a word, in far more memory.
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return flex_attention_forward(module, query, key, value, layout.block_mask, scaling=scaling)[0]
 
 
 class _TwoPart(torch.autograd.Function):
@@ -144,7 +157,7 @@ class _TwoPart(torch.autograd.Function):
             seen, seen_sum = part(captions, prompt, False)
             whole = torch.logaddexp(seen_sum, sums[:, :, captions])
             share = (seen_sum - whole).exp().unsqueeze(-1)
-            out[:, :, captions] = out[:, :, captions].lerp(seen, share.to(seen.dtype))
+            out[:, :, captions] = out[:, :, captions].to(whole.dtype).lerp(seen.to(whole.dtype), share)
             sums[:, :, captions] = whole
         ctx.save_for_backward(query, key, value, out, sums)
         ctx.groups, ctx.scale = groups, scale

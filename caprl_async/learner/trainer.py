@@ -28,9 +28,15 @@ from caprl_async.learner.engine import (
     learning_rate,
     ranks_where,
 )
-from caprl_async.learner.lora import adapters_off, add_adapters, gradient_from_input
+from caprl_async.learner.lora import adapters_off, add_adapters
 from caprl_async.learner.losses import TokenStats, kl_estimate, policy_loss
-from caprl_async.learner.model import PolicyModel, choose_prefix, collator, load_policy
+from caprl_async.learner.model import (
+    PolicyModel,
+    checkpoint_activations,
+    choose_prefix,
+    collator,
+    load_policy,
+)
 from caprl_async.learner.pixels import PixelCache
 from caprl_async.learner.plan import Captions, Plan, costs_of, make_plan
 from caprl_async.learner.statistics import summarise
@@ -59,22 +65,12 @@ class Trainer:
         if config.learner.lora.rank:
             add_adapters(self.hf, config.learner.lora)
         if config.learner.gradient_checkpointing:
-            self._checkpoint_gradients()
+            checkpoint_activations(self.hf, config.learner)
         policy = self._scored(self.hf)
         self.engine = TrainEngine(policy, config.learner)
         self.device = self.engine.device
         self.reference = self._reference()
-        # Dropout would make the ratios differ from 1 at lag 0.
         policy.train() if config.learner.gradient_checkpointing else policy.eval()
-
-    def _checkpoint_gradients(self) -> None:
-        learner = self.config.learner
-        reentrant = learner.zero_stage == 3
-        self.hf.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        if learner.freeze_vision or learner.lora.rank:
-            self.hf.model.visual.gradient_checkpointing_disable()  # it has no backward
-        if reentrant and learner.lora.rank:
-            gradient_from_input(self.hf)
 
     def _reference(self) -> Callable[[MicroTensors], tuple[Tensor, Tensor]] | None:
         """The policy that training started from; with adapters it needs no copy."""
