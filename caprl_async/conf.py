@@ -95,7 +95,18 @@ def dump(config: Config, path: Path) -> None:
 def to_yaml(config: Config) -> str:
     """The whole conf as yaml, enums by name."""
     container = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    return yaml.safe_dump(container, sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump(container, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Escapes Unicode's line breaks in texts: unescaped, yaml would read them back as plain ones."""
+
+    def text(self, text: str) -> yaml.ScalarNode:
+        breaks = any(sign in text for sign in "\x85\u2028\u2029")
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if breaks else None)
+
+
+_Dumper.add_representer(str, _Dumper.text)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from caprl_async import conf
@@ -347,6 +347,8 @@ _OVERRIDES = st.fixed_dictionaries(
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=_OVERRIDES)
+@example(values={"judge.prompt.abstain": "0\x85"})
+@example(values={"judge.prompt.abstain": "a\u2028b\n\u2029c"})
 def test_the_resolved_conf_loads_to_the_same_config(
     load: Callable[..., Config], tmp_path: Path, values: dict[str, Any]
 ) -> None:
