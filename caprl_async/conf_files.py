@@ -74,10 +74,9 @@ def _model_problem(key: str, folder: Path, config: Config) -> str | None:
     captioner = key in ("policy.model", "evaluate.dense_policy")
     if captioner and "vision_config" not in architecture:
         return f"{key}={folder} has no vision tower (vision_config); a captioner must see"
-    patches = "image_token_id" in architecture and "spatial_merge_size" in architecture.get(
-        "vision_config", ()
-    )
-    if captioner and not patches:
+    if captioner and not (
+        "image_token_id" in architecture and "spatial_merge_size" in architecture["vision_config"]
+    ):
         kind = architecture.get("model_type")
         return (
             f"{key}={folder} is a {kind}, which takes no images as patches with a grid, as Qwen-VL models do"

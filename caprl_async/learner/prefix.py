@@ -69,6 +69,10 @@ class Layout:
         """For FlexAttention; on the way there is a mask of L x L bytes."""
         from torch.nn.attention.flex_attention import create_block_mask
 
+        # A row's length, gradients or none, checkpoints: each may compile anew. Beyond the limit it would go
+        # on unfused, without a word, in far more memory.
+        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
         mask = create_block_mask(
             mask_of(self.owners().to(device)), None, None, self.length, self.length, device
         )
@@ -123,10 +127,6 @@ def flex(
     """`attend` by FlexAttention; the layout has its block mask."""
     from transformers.integrations.flex_attention import flex_attention_forward
 
-    # A row's length, gradients or none, checkpoints: each may compile anew. Beyond the limit it would go
-    # on unfused, without a word, in far more memory.
-    torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
     return flex_attention_forward(module, query, key, value, layout.block_mask, scaling=scaling)[0]
 
 
