@@ -65,10 +65,15 @@ def _as_dict(config: Config) -> dict[str, Any]:
 
 
 class RingGroup(Checkpointable):
-    """Stands where RLlib expects a learner group; its state is the ring's checkpoint folder."""
+    """Stands where RLlib expects a learner group; its state is the ring's checkpoint folder.
+
+    With `in_background`, `save_to_path` returns when the state is copied; `ring.saved` tells when it is on
+    the disk.
+    """
 
     def __init__(self) -> None:
         self.ring: Supervisor | None = None
+        self.in_background = False
 
     def get_state(self, components: Any = None, *, not_components: Any = None, **_: Any) -> dict[str, Any]:
         """Nothing but the keys that RLlib reads: weights never pass through the driver."""
@@ -82,7 +87,7 @@ class RingGroup(Checkpointable):
 
     def save_to_path(self, path: Any = None, **_: Any) -> str:
         assert self.ring is not None, "the ring has not been started"
-        self.ring.save(pathlib.Path(path))
+        self.ring.save(pathlib.Path(path), wait=not self.in_background)
         return str(path)
 
     def restore_from_path(self, path: Any, **_: Any) -> None:

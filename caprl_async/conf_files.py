@@ -122,7 +122,7 @@ def _program(config: Config) -> Iterator[str]:
 
 def has_checkpoint(run_dir: Path) -> bool:
     """Whether a run folder holds a checkpoint to go on from."""
-    return any((run_dir / "checkpoints").glob("step-*/**/cut.json"))
+    return any((run_dir / "checkpoints").glob("step-*/manifest.json"))
 
 
 def _resume(config: Config) -> Iterator[str]:

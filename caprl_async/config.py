@@ -165,6 +165,7 @@ class ReplayConfig:
     judge_failures: int = key(5, "failures of judges in a row at which admission is paused until one answers")
     judge_outage_s: float = key(900.0, "judges that have not answered for so long end the run")
     min_reward_spread: float = key(1e-6, "groups whose rewards differ by less are filtered")
+    ledger_mb: int = key(2048, "size of ledger.sqlite beyond which old prompts are kept as totals only")
     max_evicted_batches: float = key(
         30.0, "batches' worth of groups one batch may cost; beyond, the run ends"
     )
@@ -327,6 +328,10 @@ class RingConfig:
     gpus_per_judge: float = key(0.0, "Ray GPUs per judge actor")
     gpus_per_learner: float = key(0.0, "Ray GPUs per learner rank")
     start_timeout_s: float = key(600.0, "an actor that is not ready by then has failed")
+    hang_timeout_s: float = key(
+        60.0, "an actor or driver that gives no sign of life for this long is killed and started again"
+    )
+    restarts: int = key(5, "deaths of one actor between two learner steps that are borne")
 
 
 @dataclass

@@ -240,10 +240,22 @@ class Hello(Struct, frozen=True, tag="hello"):
     serves: str = ""  # a judge: which questions it answers ("judge", "heldout"); else empty
 
 
+class Holding(msgspec.Struct, frozen=True, array_like=True):
+    """One lease that a peer is working on, or has answered without having heard that the answer arrived."""
+
+    lease: int
+    key: str
+    attempt: int
+
+
 class Credit(Struct, frozen=True, tag="credit"):
-    """A rollout or judge takes up to `leases` more pieces of work; a heartbeat with stages' busy time."""
+    """What a rollout or judge holds and could take; a heartbeat with its stage's busy time.
+
+    By `holds` a hub that has been restarted finds again what its predecessor had leased.
+    """
 
     free: int  # pieces of work it could take now, over and above what it holds
+    holds: tuple[Holding, ...] = ()
     version: Version | None = None  # the engine's weights (rollout)
     busy_s: float = 0.0  # since start: seconds in which the engine had work
     alive_s: float = 0.0
@@ -272,6 +284,7 @@ class JudgeLease(Struct, frozen=True, tag="judge"):
 
     lease: int
     key: str
+    attempt: int
     captions: tuple[str, ...]
     questions: tuple[Question, ...]
     rotation: int

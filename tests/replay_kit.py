@@ -19,7 +19,7 @@ from PIL import Image
 from caprl_async.config import Config
 from caprl_async.replay.hub import ReplayQueue
 from caprl_async.replay.peer import LearnerPeer, Peer
-from caprl_async.replay.transport import HubAddress, connect
+from caprl_async.replay.transport import HubAddress, HubKeys, connect
 from caprl_async.types import (
     Caption,
     CaptionGroup,
@@ -196,10 +196,12 @@ async def connected(address: HubAddress, *stubs: Any) -> AsyncIterator[list[Peer
 
 
 @asynccontextmanager
-async def running(config: Config, run_dir: Path) -> AsyncIterator[tuple[ReplayQueue, HubAddress]]:
+async def running(
+    config: Config, run_dir: Path, keys: HubKeys | None = None, **start: Any
+) -> AsyncIterator[tuple[ReplayQueue, HubAddress]]:
     queue = ReplayQueue(config, str(run_dir))
     try:
-        yield queue, await queue.start()
+        yield queue, await queue.start(keys or HubKeys.make(), **start)
     finally:
         for learner in StubLearner.all:
             learner.close()

@@ -44,9 +44,7 @@ def test_the_algorithm_trains_evaluates_saves_and_goes_back(tmp_path: Path) -> N
         learner, engine = algorithm.ring.learners[0], algorithm.ring.rollouts[0]
         algorithm.evaluate()  # waits until the engines have the newest weights
         ring = algorithm.ring
-        assert ring._get(learner.weights_fingerprint.remote()) == ring._get(
-            engine.weights_fingerprint.remote()
-        )
+        assert ring.get(learner.weights_fingerprint.remote()) == ring.get(engine.weights_fingerprint.remote())
     finally:
         algorithm.stop()
         cluster.disconnect()

@@ -22,7 +22,12 @@ from caprl_async.judge.judge import Judge
 from caprl_async.types import Credit, Hello, Judged, JudgeLease, Outcome, Role
 
 LEASE = JudgeLease(
-    lease=3, key="train/0", captions=(CAPTION, "blue star ."), questions=(question(),), rotation=0
+    lease=3,
+    key="train/0",
+    attempt=0,
+    captions=(CAPTION, "blue star ."),
+    questions=(question(),),
+    rotation=0,
 )
 
 

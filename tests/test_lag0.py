@@ -20,7 +20,7 @@ from caprl_async.config import Config
 from caprl_async.data.load import load_rows
 from caprl_async.data.sampler import PromptSampler
 from caprl_async.learner.advantages import batch_advantages
-from caprl_async.replay.ledger import Event
+from caprl_async.replay.events import Event
 from caprl_async.replay.samples import recorded_batch
 from caprl_async.ring import cluster
 from caprl_async.ring.supervisor import Supervisor

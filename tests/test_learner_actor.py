@@ -95,6 +95,7 @@ def one_rank(_: int, folder: str) -> None:
     cut.mkdir()
     actor.save(str(cut))
     actor.save(str(cut))  # over itself
+    actor.saved()
     assert sorted(p.name for p in cut.iterdir()) == ["hf", "trainer"]
     exported_like_transformers(actor, cut / "hf", root)
 
@@ -195,6 +196,7 @@ def two_ranks(rank: int, port: int, folder: str, learner: dict[str, Any]) -> Non
     actor.train_step(Version(0, 0))
     (root / "cut").mkdir(exist_ok=True)
     actor.save(str(root / "cut"))
+    actor.saved()
     if rank == 0:
         after = dict(actor.snapshot()[1])
         assert all(tensor.numel() for tensor in after.values())

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from caprl_async.observe.overlap import Span, overlap_from_ledger, overlap_share
-from caprl_async.replay.ledger import Event, Ledger
+from caprl_async.replay.events import Event
+from caprl_async.replay.ledger import Ledger
 from caprl_async.types import Version
 
 

@@ -13,8 +13,9 @@ from replay_kit import group, unscored, verdicts
 from caprl_async.config import Config
 from caprl_async.data.rows import Row
 from caprl_async.replay.admission import capacity, may_caption
+from caprl_async.replay.events import LedgerError
 from caprl_async.replay.flow import Prepared, TrainFlow
-from caprl_async.replay.ledger import Ledger, LedgerError
+from caprl_async.replay.ledger import Ledger
 from caprl_async.replay.staleness import fresh
 from caprl_async.replay.tally import NothingToTrain
 from caprl_async.replay.work import GenerateWork, JudgeWork
@@ -57,7 +58,7 @@ class World:
             flow.offer(Prepared(index, row, image, "broken"))
         action, which = choice % 4, choice // 4
         if action == 0:
-            engine = Version(0, max(0, flow.version.step - which % 3))
+            engine = Version(flow.version.epoch, max(0, flow.version.step - which % 3))
             work = flow.next_generate("rollout-0", engine, self.now)
             if work is not None:
                 self.generating.append((work, engine))
@@ -154,13 +155,16 @@ def test_capacity_is_what_can_be_trained_on_in_time(
 
 
 def test_versions_that_may_be_captioned_under() -> None:
-    learner = Version(1, 5)
-    assert may_caption(Version(1, 3), learner, 2)
-    assert not may_caption(Version(1, 2), learner, 2)
-    assert not may_caption(Version(0, 5), learner, 2)  # rolled back
-    assert not may_caption(FOREIGN, learner, 2)
-    assert not may_caption(None, learner, 2)
-    assert not fresh(Version(1, 6), learner, 2)  # of the future
+    learner, bases = Version(1, 5), {1: 4}
+    assert may_caption(Version(1, 4), learner, 2, bases)
+    assert may_caption(Version(0, 4), learner, 2, bases)  # epoch 1 was made from these weights
+    assert may_caption(Version(0, 3), learner, 2, bases)
+    assert not may_caption(Version(0, 2), learner, 2, bases)
+    assert not may_caption(Version(0, 5), learner, 2, bases)  # rolled back
+    assert not may_caption(FOREIGN, learner, 2, bases)
+    assert not may_caption(None, learner, 2, bases)
+    assert not fresh(Version(1, 6), learner, 2, bases)  # of the future
+    assert not fresh(Version(0, 4), Version(2, 5), 2, {1: 4, 2: 3})  # went back behind it twice
 
 
 def test_an_engine_behind_the_learner_gets_no_prompt_that_would_be_trained_too_late(tmp_path: Path) -> None:

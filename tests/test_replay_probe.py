@@ -12,6 +12,7 @@ from replay_kit import StubJudge, StubLearner, StubRollout, connected, make_conf
 
 from caprl_async.observe.alarms import Alarms
 from caprl_async.replay.probe import Probe
+from caprl_async.replay.saved import read_saved
 from caprl_async.types import (
     Generated,
     GenerateLease,
@@ -95,7 +96,8 @@ def test_each_batch_is_accompanied_by_the_next_held_out_images(tmp_path: Path) -
             assert len({prompt.sampling.seed for prompt in probed()}) == 6
             audit = await queue.audit()
             assert audit["violations"] == []
-            assert (await queue.state())["probe"]["scores"]["judge"]
+            await queue.save(str(tmp_path))
+            assert read_saved(tmp_path).probe["scores"]["judge"]
 
     run(whole())
 

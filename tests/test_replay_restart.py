@@ -5,32 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 from replay_kit import StubJudge, StubLearner, StubRollout, connected, make_config, run, running, turn
 
-from caprl_async.replay.ledger import LedgerError
+from caprl_async.replay.events import LedgerError
 from caprl_async.types import Version
 
 
 def test_a_restart_from_a_cut_trains_every_prompt_once(tmp_path: Path) -> None:
-    async def first_life(config: Any) -> Any:
+    async def first_life(config: Any) -> None:
         rollout = StubRollout()
         async with running(config, tmp_path) as (queue, address), connected(address, rollout, StubJudge()):
             learner = StubLearner(address)
             await queue.open_admission()
             await turn(queue, learner, rollout, 0)
-            state = msgspec.json.decode(msgspec.json.encode(await queue.state()))
+            await queue.save(str(tmp_path))
             await turn(queue, learner, rollout, 1)  # after the cut: lost
             learner.close()
-            return state
 
-    async def second_life(config: Any, state: Any) -> None:
+    async def second_life(config: Any) -> None:
         rollout = StubRollout(incarnation="2")
         rollout.version = Version(1, 1)
         async with running(config, tmp_path) as (queue, address), connected(address, rollout, StubJudge()):
             learner = StubLearner(address)
-            await queue.restore(state, Version(1, 1))
+            await queue.restore(str(tmp_path), Version(1, 1))
             await queue.open_admission()
             trained: list[int] = []
             for step in (1, 2, 3):
@@ -45,15 +43,15 @@ def test_a_restart_from_a_cut_trains_every_prompt_once(tmp_path: Path) -> None:
             learner.close()
 
     config = make_config(tmp_path)
-    state = run(first_life(config))
+    run(first_life(config))
     with pytest.raises(LedgerError, match="resume=true"):
         run(first_life(config))
     config.resume = True
-    run(second_life(config, state))
+    run(second_life(config))
 
 
 def test_a_checkpoint_goes_on_in_another_run_folder(tmp_path: Path) -> None:
-    async def begin(config: Any) -> Any:
+    async def begin(config: Any) -> None:
         rollout = StubRollout()
         async with (
             running(config, tmp_path / "a") as (queue, address),
@@ -63,9 +61,9 @@ def test_a_checkpoint_goes_on_in_another_run_folder(tmp_path: Path) -> None:
             await queue.open_admission()
             await turn(queue, learner, rollout, 0)
             learner.close()
-            return await queue.state()
+            await queue.save(str(tmp_path))
 
-    async def go_on(config: Any, state: Any) -> None:
+    async def go_on(config: Any) -> None:
         rollout = StubRollout()
         rollout.version = Version(1, 1)
         async with (
@@ -73,7 +71,7 @@ def test_a_checkpoint_goes_on_in_another_run_folder(tmp_path: Path) -> None:
             connected(address, rollout, StubJudge()),
         ):
             learner = StubLearner(address)
-            await queue.restore(state, Version(1, 1))
+            await queue.restore(str(tmp_path), Version(1, 1))
             await queue.open_admission()
             batch = await learner.batch(Version(1, 1))
             assert sorted(scored.index for scored in batch.groups) == [4, 5, 6, 7]
@@ -81,4 +79,5 @@ def test_a_checkpoint_goes_on_in_another_run_folder(tmp_path: Path) -> None:
             learner.close()
 
     config = make_config(tmp_path)
-    run(go_on(config, run(begin(config))))
+    run(begin(config))
+    run(go_on(config))

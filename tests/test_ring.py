@@ -52,14 +52,14 @@ def turned(tmp_path_factory: pytest.TempPathFactory) -> Turned:
     run.config = config
     os.environ[MARK] = str(run_dir)
     ring = Supervisor(config)
-    plain_get = ring._get_all
+    plain_get = ring.get_all
 
     def recording_get(refs: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
         results = plain_get(refs, *args, **kwargs)
         run.results.extend(results)
         return results
 
-    ring._get_all = recording_get  # type: ignore[method-assign]
+    ring.get_all = recording_get  # type: ignore[method-assign]
     try:
         ring.start()
         ring.open_admission()
@@ -67,10 +67,10 @@ def turned(tmp_path_factory: pytest.TempPathFactory) -> Turned:
             run.metrics.append(ring.step())
         ring.finish()
         run.fingerprints = [
-            ring._get(ring.learners[0].weights_fingerprint.remote()),
-            ring._get(ring.rollouts[0].weights_fingerprint.remote()),
+            ring.get(ring.learners[0].weights_fingerprint.remote()),
+            ring.get(ring.rollouts[0].weights_fingerprint.remote()),
         ]
-        run.audit = ring._get(ring.hub.audit.remote())
+        run.audit = ring.audit()
     finally:
         ring.stop()
         from caprl_async.ring import cluster

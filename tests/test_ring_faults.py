@@ -61,11 +61,11 @@ def test_a_killed_engine_comes_back_and_nothing_is_lost(
         ring.step()
     ring.finish()
     assert any("starting it again" in text for text in said)
-    audit = ring._get(ring.hub.audit.remote())
+    audit = ring.audit()
     assert audit["violations"] == []
     assert audit["ended"]["trained"] == 8 * 8
-    learner = ring._get(ring.learners[0].weights_fingerprint.remote())
-    assert ring._get(ring.rollouts[0].weights_fingerprint.remote()) == learner
+    learner = ring.get(ring.learners[0].weights_fingerprint.remote())
+    assert ring.get(ring.rollouts[0].weights_fingerprint.remote()) == learner
 
 
 @pytest.mark.slow
@@ -98,9 +98,9 @@ def test_the_ring_turns_in_other_settings(
             assert step["staleness_max"] == 0
             assert step["logprob_gap_fresh_max"] < 1e-3
             assert step["importance_max"] == pytest.approx(1.0, abs=1e-3)
-    learner = ring._get(ring.learners[0].weights_fingerprint.remote())
+    learner = ring.get(ring.learners[0].weights_fingerprint.remote())
     for rollout in ring.rollouts:
-        assert ring._get(rollout.weights_fingerprint.remote()) == learner
+        assert ring.get(rollout.weights_fingerprint.remote()) == learner
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from caprl_async.ring.errors import RingFailed
+from caprl_async.ring.errors import LearnersLost, RingFailed
 from caprl_async.ring.publisher import Publisher
 from caprl_async.types import Version
 from caprl_async.weights.types import LearnerLost, SyncReport
@@ -25,7 +25,7 @@ class ScriptedSync:
         self.script = list(script)
         self.published: list[Version] = []
 
-    def open(self) -> dict[str, str]:
+    def open(self, engines: Any) -> dict[str, str]:
         return {}
 
     def publish(self, version: Version) -> SyncReport:
@@ -47,7 +47,7 @@ class ScriptedSync:
 def publisher(*script: dict[str, Any] | Exception) -> tuple[Publisher, ScriptedSync, list[str]]:
     sync = ScriptedSync(*script)
     restarted: list[str] = []
-    made = Publisher(sync, lambda name, reason: restarted.append(name))  # type: ignore[arg-type]
+    made = Publisher(sync, dict, lambda name, reason: restarted.append(name))  # type: ignore[arg-type]
     return made, sync, restarted
 
 
@@ -74,8 +74,9 @@ def test_a_failed_engine_is_restarted_and_gets_the_newest_weights_when_it_rejoin
     assert sync.published == [Version(0, 1), Version(0, 2), Version(0, 2)]
 
 
-def test_a_lost_learner_ends_the_run() -> None:
-    weights, _, _ = publisher(LearnerLost("rank 0 died"))
+def test_a_lost_learner_is_told_apart_and_engines_that_it_left_half_written_start_again() -> None:
+    weights, _, restarted = publisher(LearnerLost("rank 0 died", {"rollout-0": "half written"}))
     weights.soon(Version(0, 1))
-    with pytest.raises(RingFailed, match="rank 0 died"):
+    with pytest.raises(LearnersLost, match="rank 0 died"):
         weights.settle()
+    assert restarted == ["rollout-0"]

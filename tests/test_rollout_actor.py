@@ -12,7 +12,7 @@ import pytest
 from engine_kit import MAX_PIXELS, MIN_PIXELS, PROMPT, noise_image, tiny_engine, tiny_model
 
 from caprl_async.config import Config, PolicyConfig, RolloutConfig, WeightBackend, WeightsConfig
-from caprl_async.replay.transport import HubSocket, encode
+from caprl_async.replay.transport import HubKeys, HubSocket, encode
 from caprl_async.rollout import actor as rollout
 from caprl_async.rollout.actor import NotStarted, RolloutActor
 from caprl_async.types import (
@@ -48,7 +48,7 @@ class Ring:
 
     def __init__(self, model: str) -> None:
         self.socket = HubSocket()
-        address = self.socket.start("127.0.0.1")
+        address = self.socket.start("127.0.0.1", HubKeys.make())
         config = Config(
             policy=PolicyConfig(model=model, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS),
             rollout=RolloutConfig(engine=tiny_engine(), max_requests_in_flight_per_actor=3),

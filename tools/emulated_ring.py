@@ -289,4 +289,4 @@ class EmulatedRing(Supervisor):
     def logs(self) -> dict[str, tuple[list[Span], list[Span]]]:
         """stage -> its device's spans of work, and its stops."""
         handles = {"rollout": self.rollouts[0], "judge": self.judges[0], "learner": self.learners[0]}
-        return {stage: self._get(handle.log.remote()) for stage, handle in handles.items()}
+        return {stage: self.get(handle.log.remote()) for stage, handle in handles.items()}

@@ -6,7 +6,6 @@ Everything it learns on the way is in the run folder: see the README for what ea
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from pathlib import Path
 from typing import Literal
@@ -25,6 +24,8 @@ from caprl_async.observe.report import write_report
 from caprl_async.observe.table import Row, print_table, reference_length, write_result
 from caprl_async.replay.eval_spec import heldout_spec
 from caprl_async.ring import cluster
+from caprl_async.ring.checkpoints import RING
+from caprl_async.ring.errors import SaveFailed
 from caprl_async.ring.supervisor import Supervisor
 from caprl_async.types import FOREIGN
 
@@ -69,17 +70,17 @@ class _Training:
         self.ring: Supervisor = algorithm.ring
         self.console = console
         self.rows: dict[str, Row] = {}
+        self._writing: Path | None = None  # the checkpoint that is being written
+        algorithm.learner_group.in_background = True
 
     def whole(self, began: float) -> None:
         config = self.config
-        checkpoints = self.run_dir / "checkpoints"
-        if config.resume and (last := latest_checkpoint(checkpoints)):
-            self.console.print(f"going on from {last}", markup=False)
-            self.algorithm.restore_from_path(str(last))
+        if config.resume:
+            self._go_on()
         measured = bool(config.data.heldout)
         if measured:
             self._measure_start()
-        self._train(checkpoints)
+        self._train()
         self.ring.finish()
         if measured:
             self.console.print("measuring the result on held-out images")
@@ -102,7 +103,15 @@ class _Training:
 
     # ------------------------------------------------------------ training
 
-    def _train(self, checkpoints: Path) -> None:
+    def _go_on(self) -> None:
+        for folder, wrong in self.ring.checkpoints.sound():
+            if wrong is None:
+                self.console.print(f"going on from {folder}", markup=False)
+                self.algorithm.restore_from_path(str(folder))
+                return
+            self.console.print(f"{folder} cannot be used: {wrong}", style="bold red", markup=False)
+
+    def _train(self) -> None:
         config = self.config
         alarms = Alarms(config.observe.bands, self.run_dir)
         with MetricsWriter(self.run_dir) as writer, Progress(config.steps, self.console) as progress:
@@ -116,21 +125,51 @@ class _Training:
                     self.console.print(text, style="bold red", markup=False)
                 writer.write(step, {**metrics, "alarms": alarms.raised})
                 progress.show(step, metrics)
+                self._saved(wait=False)
                 if step % config.checkpoint.interval == 0 or step == config.steps:
-                    self._save(checkpoints, step)
+                    self._save(step)
+                if step == config.steps:  # a learner that dies now, and goes back, trains up to here again
+                    self._saved(wait=True)
 
-    def _save(self, checkpoints: Path, step: int) -> None:
-        """Writes beside and renames, so that a folder with a final name is a whole checkpoint."""
-        partial, final = checkpoints / f".partial-{step:06d}", checkpoints / f"step-{step:06d}"
-        shutil.rmtree(partial, ignore_errors=True)
-        self.algorithm.save_to_path(str(partial.resolve()))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for old in sorted(checkpoints.glob("step-*"))[: -self.config.checkpoint.keep]:
-            shutil.rmtree(old)
+    def _save(self, step: int) -> None:
+        """Begins a checkpoint beside the next steps; what goes wrong costs this checkpoint and no more."""
+        self._saved(wait=True)
+        self._writing = self.ring.checkpoints.begin(step)
+        try:
+            self.algorithm.save_to_path(str(self._writing.resolve()))
+        except (SaveFailed, OSError) as error:
+            self._not_saved(error)
+
+    def _saved(self, *, wait: bool) -> None:
+        """Gives a checkpoint its name once it is whole, so that a folder with a final name is a whole one."""
+        if self._writing is None:
+            return
+        try:
+            digests = self.ring.saved(wait=wait)
+            if digests is None:
+                return
+            named = {f"{RING}/{name}": digest for name, digest in digests.items()}
+            final = self.ring.checkpoints.finish(self._writing, named)
+        except (SaveFailed, OSError) as error:
+            self._not_saved(error)
+            return
+        self._writing = None
+        self.ring.trim()
         link = self.run_dir / "model"
         link.unlink(missing_ok=True)
-        link.symlink_to((final / "learner_group" / "hf").relative_to(self.run_dir))
+        link.symlink_to((final / RING / "hf").relative_to(self.run_dir))
+
+    def _not_saved(self, error: Exception) -> None:
+        """
+        Raises:
+            SaveFailed: it was the last step's: the result would be lost.
+        """
+        partial, self._writing = self._writing, None
+        if partial is not None:
+            self.ring.checkpoints.abandon(partial)
+        if self.ring.version.step == self.config.steps:
+            raise SaveFailed(f"the result could not be saved: {error}") from error
+        self.console.print(f"no checkpoint this time: {error}", style="bold red", markup=False)
 
     # ------------------------------------------------------------ evaluation
 
@@ -178,8 +217,3 @@ class _Training:
         if source == "reference":
             length = reference_length(self.run_dir / "evals" / f"{name}.jsonl", config.policy.model)
         return Row.of(result, length=length)
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in a run's `checkpoints` folder."""
-    return max(folder.glob("step-*"), default=None)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from caprl_async.config import Config, EndpointConfig, JudgeConfig
 from caprl_async.engine.types import EngineDied
 from caprl_async.judge.judge import Judge
+from caprl_async.process import call_me, doing, whereabouts
 from caprl_async.types import Hello, Judged, JudgeLease, Role
 
 if TYPE_CHECKING:
@@ -62,12 +63,19 @@ class JudgeActor:
     def __repr__(self) -> str:
         return self.name
 
+    async def hub_moved(self, address: HubAddress) -> None:
+        """The queue has come up elsewhere."""
+        self._hub = address
+        if self._peer is not None:
+            self._peer.move(address)
+
     async def start(self) -> dict[str, Any]:
         """Loads the model (or finds its endpoint) and begins to take leases; asking twice is harmless.
 
         Raises:
             FileNotFoundError, PromptError, JudgeConfigError, EngineDied: see `Judge.load`.
         """
+        call_me(self.name)
         if self._judge is None:
             begun = time.monotonic()
             self._judge = await asyncio.to_thread(Judge.load, self._config, self._seed)
@@ -86,11 +94,12 @@ class JudgeActor:
     async def health(self) -> dict[str, Any]:
         """Load and counters since start."""
         if self._judge is None:
-            return {"name": self.name, "started": False}
+            return {"name": self.name, "started": False, **whereabouts()}
         cache = self._judge.cache
         return {
             "name": self.name,
             "started": True,
+            **whereabouts(),
             "verdict_cache_hits": cache.hits,
             "verdict_cache_misses": cache.misses,
             **dataclasses.asdict(self._judge.stats()),
@@ -113,7 +122,8 @@ class JudgeActor:
         """Verdicts for one lease. What this raises the peer reports as a failure of the lease."""
         assert self._judge is not None
         try:
-            verdicts = await self._judge.judge(lease.captions, lease.questions, lease.rotation)
+            with doing("judging"):
+                verdicts = await self._judge.judge(lease.captions, lease.questions, lease.rotation)
         except EngineDied as error:
             self._die(error)
             raise

@@ -5,14 +5,12 @@ Thin: the work is in `trainer`. Threads, not asyncio: one sends a snapshot while
 
 from __future__ import annotations
 
-import os
-import shutil
 import socket
 import threading
 import time
 import uuid
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,19 +20,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from caprl_async.config import Config
-from caprl_async.learner.batch import NotFinite
+from caprl_async.files import Digests
+from caprl_async.learner.batch import NotFinite, caption_name
 from caprl_async.learner.engine import join_group, prepare, same_on_all_ranks
 from caprl_async.learner.lora import adapter_weights, save_adapter
 from caprl_async.learner.model import load_policy
 from caprl_async.learner.offenders import save_offenders
-from caprl_async.learner.snapshot import (
-    Snapshot,
-    check_same_shape,
-    checkpoint_tensors,
-    export,
-    put_in_place,
-)
+from caprl_async.learner.saving import BackgroundWriter, Export
+from caprl_async.learner.snapshot import Snapshot, check_same_shape, checkpoint_tensors, export
 from caprl_async.learner.trainer import Trainer
+from caprl_async.process import call_me, doing, whereabouts
 from caprl_async.types import FOREIGN, Hello, Role, TrainBatch, Version
 from caprl_async.weights.digest import digest
 
@@ -66,6 +61,7 @@ class StepReport:
     finished: float
     wait_s: float
     metrics: dict[str, float] = field(default_factory=dict)
+    advantages: tuple[tuple[float, ...], ...] = ()  # [group][caption] of the batch
     done: bool = False  # the hub has no more batches; nothing was trained
 
 
@@ -83,12 +79,19 @@ class LearnerActor:
         self._own: Snapshot | None = None
         self._shown: Snapshot | None = None  # what the engines are to have: own, or foreign
         self._before: Snapshot | None = None
+        self._writer = BackgroundWriter()
         self._stopping = threading.Event()
         self._stepping = threading.Lock()  # held by a train_step
         self._version = Version(0, 0)
 
     def __repr__(self) -> str:
         return f"learner-{self.rank}"
+
+    def hub_moved(self, address: HubAddress) -> None:
+        """The queue has come up elsewhere."""
+        self._hub = address
+        if self._peer is not None:
+            self._peer.move(address)
 
     # ------------------------------------------------------------ start and stop
 
@@ -105,6 +108,7 @@ class LearnerActor:
 
     def setup(self, world: int, master_addr: str, master_port: int) -> dict[str, Any]:
         """Joins the other ranks, loads the model, makes the first snapshot, registers with the hub."""
+        call_me(repr(self))
         self._use_threads()
         prepare(self.config.learner.device)
         # The store closes what it is given, so it gets a descriptor of its own.
@@ -161,9 +165,9 @@ class LearnerActor:
         """A sign of life; a rank without `setup` is not ready."""
         return {
             "name": repr(self),
-            "pid": os.getpid(),
             "started": self._trainer is not None,
             "version": str(self._version),
+            **whereabouts(),
         }
 
     # ------------------------------------------------------------ training
@@ -192,14 +196,16 @@ class LearnerActor:
         if batch is None:
             return StepReport(version, started, time.time(), started - asked, done=True)
         try:
-            metrics = trainer.train(batch)
+            with doing(f"training {version}"):
+                metrics = trainer.train(batch)
         except NotFinite as error:
             path = Path(self.config.run_dir) / "not_finite" / f"{version}-rank-{self.rank}.json"
             save_offenders(path, batch, error)
             raise NotFinite(f"{error}; these captions are in {path}", error.captions) from error
         after = Version(version.epoch, version.step + 1)
         metrics["snapshot_s"] = self._take_snapshot(after)
-        return StepReport(after, started, time.time(), started - asked, metrics)
+        advantages = tuple(_advantages(batch, trainer.advantages))
+        return StepReport(after, started, time.time(), started - asked, metrics, advantages)
 
     def _take_snapshot(self, version: Version) -> float:
         """All ranks gather; rank 0 keeps this and the last one, which may still wait to be sent. Seconds."""
@@ -244,7 +250,8 @@ class LearnerActor:
         if wanted is None or self._sender is None:
             have = ", ".join(str(s.version) for s in held) or "none"
             raise NoSnapshot(f"{self!r} cannot send {version}: it holds {have}; is the weight group open?")
-        return self._sender.send(wanted.version, wanted.tensors)
+        with doing(f"sending {version}"):
+            return self._sender.send(wanted.version, wanted.tensors)
 
     def load_foreign(self, path: str) -> None:
         """Rank 0: shows another checkpoint of the same architecture to the engines; training is not touched.
@@ -272,31 +279,38 @@ class LearnerActor:
     # ------------------------------------------------------------ checkpoints
 
     def save(self, path: str) -> None:
-        """Writes `path/trainer` (all ranks) and `path/hf` (rank 0); the folder must be shared by all nodes.
+        """Copies this rank's state and begins to write it below `path`, a folder that all nodes share.
 
-        With LoRA `hf` is merged, and `path/adapter` holds the adapter alone. Each appears under its name only
-        when complete.
+        `path/trainer` (all ranks) is what `load` reads, `path/hf` (rank 0) a checkpoint for transformers;
+        with LoRA `hf` is merged, and `path/adapter` holds the adapter alone.
         """
         trainer = self._ready()
         root = Path(path)
-        names = ("trainer", "hf", "adapter") if self.config.learner.lora.rank else ("trainer", "hf")
-        fresh = {name: root / f".{name}.new" for name in names}
-        if self.rank == 0:
-            for folder in fresh.values():
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True)
-        dist.barrier()
-        trainer.engine.save(fresh["trainer"])
-        adapter = trainer.engine.gather_weights(adapter_weights(trainer.hf))
+        with doing("copying its state"):
+            (root / "trainer").mkdir(parents=True, exist_ok=True)
+            dist.barrier()
+            copied = trainer.engine.save(root / "trainer")
+            adapter = trainer.engine.gather_weights(adapter_weights(trainer.hf))
+        self._writer.write(root, copied, self._export(root, adapter))
+
+    def _export(self, root: Path, adapter: dict[str, Tensor] | None) -> list[Export]:
+        """What only rank 0 writes: folders, and who fills them."""
+        exports: list[Export] = []
+        trainer, own = self._ready(), self._own
+        if own is not None:
+            source = Path(self.config.policy.model)
+            exports.append((root / "hf", lambda folder: export(trainer.hf, own, source, folder)))
         if adapter:
-            save_adapter(trainer.hf, adapter, fresh["adapter"])
-        if self._own is not None:
-            export(trainer.hf, self._own, Path(self.config.policy.model), fresh["hf"])
-        dist.barrier()
-        if self.rank == 0:
-            for name, folder in fresh.items():
-                put_in_place(folder, root / name)
-        dist.barrier()
+            exports.append((root / "adapter", lambda folder: save_adapter(trainer.hf, adapter, folder)))
+        return exports
+
+    def saved(self) -> Digests:
+        """Waits until what the last `save` began is on the disk; size and sha256 of each file.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        return self._writer.wait()
 
     def load(self, path: str, version: Version) -> None:
         """Goes back to what `save` wrote; the weights count as `version` from now on.
@@ -306,6 +320,10 @@ class LearnerActor:
         """
         self._use_threads()
         self._ready().engine.load(Path(path) / "trainer")
+        self._take_snapshot(version)
+
+    def begin_again(self, version: Version) -> None:
+        """The first weights, which a rank without any training has, count as `version` from now on."""
         self._take_snapshot(version)
 
     # ------------------------------------------------------------ inside
@@ -324,6 +342,13 @@ class LearnerActor:
         learner = self.config.learner
         if (learner.device == "cpu" or learner.offload_optimizer) and learner.threads > 0:
             torch.set_num_threads(learner.threads)
+
+
+def _advantages(batch: TrainBatch, known: Mapping[str, float]) -> Iterator[tuple[float, ...]]:
+    """Of every caption of every group; one that was left out has none to learn from: 0."""
+    for scored in batch.groups:
+        names = (caption_name(scored.group, i) for i in range(len(scored.group.captions)))
+        yield tuple(known.get(name, 0.0) for name in names)
 
 
 def _fingerprint(batch: TrainBatch | None) -> int:

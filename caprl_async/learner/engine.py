@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from caprl_async.config import LearnerConfig
 from caprl_async.learner.lora import Weight, merged_weights
+from caprl_async.learner.saving import Copied, memory_engine
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -199,10 +200,15 @@ class TrainEngine:
         with deepspeed.zero.GatheredParameters(parameters):
             yield
 
-    def save(self, folder: Path) -> None:
-        """Parameters, optimizer and every rank's random state."""
-        self._engine.save_checkpoint(str(folder), tag=_TAG)
-        torch.save(_rng_state(), folder / f"rng-{dist.get_rank()}.pt")
+    def save(self, folder: Path) -> list[Copied]:
+        """Copies of this rank's parts of parameters and optimizer, and of its random state: to be written."""
+        memory = memory_engine()
+        ours, self._engine.checkpoint_engine = self._engine.checkpoint_engine, memory
+        try:
+            self._engine.save_checkpoint(str(folder), tag=_TAG)
+        finally:
+            self._engine.checkpoint_engine = ours
+        return [*memory.files, Copied(folder / f"rng-{dist.get_rank()}.pt", _rng_state())]
 
     def load(self, folder: Path) -> None:
         """Inverse of `save`, with the same number of ranks and the same ZeRO stage.

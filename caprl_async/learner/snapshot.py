@@ -69,13 +69,3 @@ def export(model: Any, snapshot: Snapshot, source: Path, folder: Path) -> None:
     for file in source.iterdir():
         if file.suffix in _CARRIED and file.name != "config.json" and ".safetensors" not in file.name:
             shutil.copyfile(file, folder / file.name)
-
-
-def put_in_place(fresh: Path, final: Path) -> None:
-    """Moves a finished folder to its final name, so that no reader sees half of one."""
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    fresh.rename(final)
-    shutil.rmtree(old, ignore_errors=True)

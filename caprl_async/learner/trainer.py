@@ -54,6 +54,7 @@ class Trainer:
         self.config = config
         self.rank = rank
         self.world = world
+        self.advantages: dict[str, float] = {}  # of the last batch, by caption; those left out are not in it
         torch.manual_seed(config.seed)
         self.hf = load_policy(config.policy.model, config.learner.dtype)
         self.prefix, self.notice = choose_prefix(self.hf, config.learner.prefix)
@@ -110,6 +111,7 @@ class Trainer:
         if self.reference is not None and learner.kl.place is KLPlace.reward:
             sequences, penalty = self._penalised(sequences)
         sequences = with_advantages(sequences, learner.advantage, self.config.reward)
+        self.advantages = {s.name: s.advantage for s in sequences}
         sum_length = learner.sum_length or self.config.rollout.max_tokens
         parts = split_updates(sequences, learner.updates_per_batch, learner.aggregation, sum_length)
         plans = [self._plan(part) for part in parts]

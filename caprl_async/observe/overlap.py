@@ -5,16 +5,13 @@ Reads the times that the hub's ledger holds; `caprl_async/replay/ledger.py` writ
 
 from __future__ import annotations
 
-import json
-import sqlite3
 from collections.abc import Iterable, Sequence
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 
-from caprl_async.replay.ledger import Event, EventRow, surviving
-from caprl_async.types import Version
+from caprl_async.replay.events import Event, EventRow, surviving
+from caprl_async.replay.ledger import read_rows
 
 Span = tuple[int, float, float]
 """(learner step, started, finished); the step is the one that trains, or that the group is trained in."""
@@ -46,9 +43,7 @@ def overlap_from_ledger(path: Path) -> float:
     Raises:
         FileNotFoundError: there is no ledger.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the run has no ledger to measure the overlap from")
-    return overlap_share(*spans(_read(path)))
+    return overlap_share(*spans(read_rows(path)))
 
 
 def spans(rows: Iterable[EventRow]) -> tuple[list[Span], list[Span]]:
@@ -65,12 +60,3 @@ def spans(rows: Iterable[EventRow]) -> tuple[list[Span], list[Span]]:
             # A batch is named by the version it starts from, a step by the version it makes.
             groups.append((row.version.step + 1, *generated[row.key]))
     return steps, groups
-
-
-def _read(path: Path) -> list[EventRow]:
-    query = "select seq, key, prompt_index, attempt, event, version, detail from events order by seq"
-    with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
-        return [
-            EventRow(seq, key, index, attempt, Event(event), Version.parse(version), json.loads(detail))
-            for seq, key, index, attempt, event, version, detail in connection.execute(query)
-        ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from caprl_async.replay.staleness import fresh
+from caprl_async.replay.staleness import Bases, fresh
 from caprl_async.types import Version
 
 
@@ -23,6 +23,6 @@ def capacity(*, max_staleness: int, steps: int, batch_groups: int, taken: int, o
     return (max_staleness + steps + 1) * batch_groups - taken - outstanding
 
 
-def may_caption(engine: Version | None, learner: Version, max_staleness: int) -> bool:
+def may_caption(engine: Version | None, learner: Version, max_staleness: int, bases: Bases) -> bool:
     """True if captions begun now under `engine`'s weights could enter the learner's next batch."""
-    return engine is not None and fresh(engine, learner, max_staleness)
+    return engine is not None and fresh(engine, learner, max_staleness, bases)

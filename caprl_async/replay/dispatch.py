@@ -25,6 +25,7 @@ from caprl_async.types import (
     Generated,
     GenerateLease,
     Hello,
+    Holding,
     Judged,
     JudgeLease,
     PeerMessage,
@@ -44,8 +45,10 @@ class Dispatch:
     Acknowledgements are kept back in `acks` until the ledger is durable.
     """
 
-    def __init__(self, config: ReplayConfig, on_error: Callable[[str, str], None]) -> None:
-        self.leases = Leases(config.lease_timeout_s, config.peer_timeout_s)
+    def __init__(
+        self, config: ReplayConfig, on_error: Callable[[str, str], None], first_lease: int = 1
+    ) -> None:
+        self.leases = Leases(config.lease_timeout_s, config.peer_timeout_s, first_lease)
         self.outbox: deque[Outgoing] = deque()
         self.acks: list[Outgoing] = []
         self.unexpected = 0  # messages of peers that had not said Hello
@@ -53,6 +56,7 @@ class Dispatch:
         self._config = config
         self._on_error = on_error
         self._training_first = False
+        self._orphans: dict[tuple[str, int], tuple[GenerateWork, float]] = {}  # with the time it is given up
 
     def take(self, identity: bytes, message: PeerMessage, now: float) -> None:
         """One message of a rollout or judge."""
@@ -64,12 +68,30 @@ class Dispatch:
         if peer is None:
             self.unexpected += 1  # its next Hello is under way
         elif isinstance(message, Credit):
+            for holding in message.holds:
+                self._claimed(peer, holding, now)
             peer.credit(message)
         elif isinstance(message, Generated | Judged):
+            if isinstance(message, Generated) and message.group is not None:
+                self._claimed(peer, Holding(message.lease, message.group.key, message.group.attempt), now)
             self.acks.append((identity, encode(Ack(lease=message.lease))))
             held = self.leases.answered(peer, message.lease)
             if held is not None:
                 self._answer(held.work, message, now)
+
+    def inherit(self, works: Iterable[GenerateWork], now: float) -> None:
+        """Work that a hub which died had leased, one does not know to whom: who holds it says so soon."""
+        until = now + self._config.peer_timeout_s
+        self._orphans = {(work.key, work.attempt): (work, until) for work in works}
+
+    def _claimed(self, peer: PeerState, holding: Holding, now: float) -> None:
+        if holding.lease >= self.leases.first or self.leases.knows(holding.lease):
+            return
+        work, _ = self._orphans.pop((holding.key, holding.attempt), (None, 0.0))
+        if work is not None:
+            self.leases.adopt(peer, holding.lease, work, now)
+        else:  # nobody waits for it any more
+            self.outbox.append((peer.identity, encode(Revoke(lease=holding.lease))))
 
     def _answer(self, work: Work, message: Generated | Judged, now: float) -> None:
         if message.failure is not None:
@@ -112,6 +134,10 @@ class Dispatch:
         for held, why in self.leases.lost(now):
             self._revoke(held)
             self._lose(held, why, now)
+        for name, (work, until) in list(self._orphans.items()):
+            if until <= now:
+                del self._orphans[name]
+                work.owner.failed(work, "nobody holds it since the queue was restarted", now, lost=True)
         for serves in waiting:
             if not self.leases.anyone(serves):
                 self._breaker(serves).nobody(now)
@@ -120,6 +146,7 @@ class Dispatch:
 
     def revoke(self, unwanted: Callable[[Work], bool]) -> None:
         """Takes back work that nobody wants any more; its owner hears nothing."""
+        self._orphans = {name: held for name, held in self._orphans.items() if not unwanted(held[0])}
         for held in self.leases.revoke(unwanted):
             self._revoke(held)
             if isinstance(held.work, JudgeWork):
@@ -194,6 +221,7 @@ def _message(number: int, work: Work) -> Any:
     return JudgeLease(
         lease=number,
         key=work.key,
+        attempt=work.attempt,
         captions=work.captions,
         questions=work.questions,
         rotation=work.rotation,

@@ -21,20 +21,27 @@ from caprl_async.data.images import BadImage, ImageStore
 from caprl_async.data.load import load_rows
 from caprl_async.data.rows import Dataset, Reject, Row, append_rejects
 from caprl_async.data.sampler import PromptSampler
+from caprl_async.process import call_me, whereabouts
 from caprl_async.replay.dispatch import Dispatch
 from caprl_async.replay.eval_spec import EvalError, EvalResult, EvalSpec, heldout_spec
 from caprl_async.replay.evaluation import EvalRun
+from caprl_async.replay.events import LedgerError, epoch_bases
 from caprl_async.replay.flow import Cut, Prepared, TrainFlow
-from caprl_async.replay.ledger import Event, Ledger, LedgerError
+from caprl_async.replay.ledger import Ledger
 from caprl_async.replay.probe import Probe
 from caprl_async.replay.samples import append_samples, record_batch
+from caprl_async.replay.saved import Saved, read_saved, recover, restore, save, write_note
 from caprl_async.replay.status import Rates, status
-from caprl_async.replay.transport import HubAddress, HubSocket, encode
+from caprl_async.replay.transport import HubAddress, HubKeys, HubSocket, encode
 from caprl_async.types import BatchReply, BatchRequest, PeerMessage, Version
 
 _TICK_S = 0.02  # commits, acknowledgements, time-outs
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _PROBE = "probe "  # begins the names of probes, which no evaluation can have
+
+
+class HubAsleep(RuntimeError):
+    """The hub has been started again after its death and waits for `start`; ask again."""
 
 
 class HubFailed(RuntimeError):
@@ -61,15 +68,11 @@ class ReplayQueue:
         self._images = ImageStore(config.data.image_dir or self._run_dir / "images")
         self._ledger = Ledger(self._run_dir / "ledger.sqlite")
         self._inherited = self._ledger.position > 0
-        if self._inherited and not config.resume:
-            raise LedgerError(
-                f"{self._ledger.path} holds another run; go on with it by resume=true or take another run_dir"
-            )
         self._errors: deque[dict[str, Any]] = deque(maxlen=20)
         self._error_counts: Counter[str] = Counter()
         self._flow = TrainFlow(config, self._ledger, self._on_error)
         self._flow.cut_listener = self._on_cut
-        self._dispatch = Dispatch(config.replay, self._on_error)
+        self._dispatch = Dispatch(config.replay, self._on_error, self._ledger.count_up("hubs") << 32)
         self._socket = HubSocket()
         self._tasks: list[asyncio.Task[None]] = []
         self._failure: BaseException | None = None
@@ -85,13 +88,43 @@ class ReplayQueue:
 
     # ------------------------------------------------------------ life
 
-    async def start(self, bind_host: str = "127.0.0.1") -> HubAddress:
-        """Begins to listen; "auto" binds this node's address. The result is secret."""
-        address = self._socket.start(bind_host)
+    async def start(
+        self, keys: HubKeys, bind_host: str = "127.0.0.1", port: int = 0, again: bool = False
+    ) -> HubAddress:
+        """Begins to listen; "auto" binds this node's address. The result is secret.
+
+        Args:
+            again: this hub takes the place of one of the same run that died, and goes on where that was.
+
+        Raises:
+            LedgerError: `run_dir` holds another run's ledger and neither `again` nor `resume` is on.
+        """
+        if again:
+            await self._go_on()
+        elif self._inherited and not self._config.resume:
+            raise LedgerError(
+                f"{self._ledger.path} holds another run; go on with it by resume=true or take another run_dir"
+            )
+        address = self._socket.start(bind_host, keys, port)
+        call_me("replay-queue")
         for loop in (self._receive(), self._tick(), self._prepare()):
             task = asyncio.create_task(self._guard(loop))
             self._tasks.append(task)
         return address
+
+    async def _go_on(self) -> None:
+        self._inherited = False
+        live = self._ledger.lives.live
+        rows = [(index, self._sampler.row_at(index)) for index in live]
+        again = await asyncio.to_thread(lambda: [self._put(self._train, index, row) for index, row in rows])
+        self._dispatch.inherit(recover(self._flow, again), time.time())
+        if (probe := self._ledger.read_note(_PROBE)) is not None:
+            self._probes, probed = probe
+            self._probe.restore(probed)
+
+    async def health(self) -> dict[str, Any]:
+        """A sign of life; a hub that has not been started after its death has `started` false."""
+        return {"name": "replay-queue", "started": bool(self._tasks), **whereabouts()}
 
     async def stop(self) -> None:
         """Closes the socket and the ledger; may be called twice."""
@@ -136,6 +169,8 @@ class ReplayQueue:
                 done.set()
 
     def _check(self) -> None:
+        if not self._tasks:
+            raise HubAsleep("the replay queue has not been started yet")
         if self._failure is not None:
             raise HubFailed(f"the replay queue has stopped: {self._failure!r}") from self._failure
 
@@ -163,7 +198,7 @@ class ReplayQueue:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
-            self._ledger.commit()
+            self._commit()
             acks, self._dispatch.acks = self._dispatch.acks, []
             for identity, data in acks:
                 await self._socket.send(identity, data)
@@ -171,6 +206,11 @@ class ReplayQueue:
             self._dispatch.expire(self._waiting_judges(), self._needed_judges(), now)
             self._rates.tick(now, self._flow.captions_sampled)
             await self._pump()
+
+    def _commit(self) -> None:
+        if self._ledger.dirty:
+            write_note(self._flow)
+            self._ledger.commit()
 
     def _waiting_judges(self) -> set[str]:
         return self._flow.waiting_judges().union(*(run.waiting_judges() for run, _ in self._evals.values()))
@@ -212,6 +252,7 @@ class ReplayQueue:
             data = self._batch_reply(version, now) if version is not None else None
             if data is not None:
                 del self._learners[identity]
+                self._commit()  # a learner must never have a batch that a restarted hub does not know
                 await self._socket.send(identity, data)
         for run, done in self._evals.values():
             if run.done:
@@ -224,12 +265,16 @@ class ReplayQueue:
         return cut.reply if cut is not None else None
 
     def _on_cut(self, cut: Cut) -> None:
-        append_samples(self._run_dir / "samples.jsonl", cut, self._config.observe.samples_per_step)
+        try:
+            append_samples(self._run_dir / "samples.jsonl", cut, self._config.observe.samples_per_step)
+        except OSError as error:  # they are for people to read: training does not need them
+            self._on_error("samples.jsonl", str(error))
         if self._config.observe.record_batches:
             record_batch(self._run_dir / "batches", cut)
         # While the learner trains: it would wait for its end otherwise.
         self._reading = (cut.batch.version, self._read(cut.batch.version))
         self._probe.trained_on(self._flow.measured(cut.batch.version).numbers["accuracy_all_mean"])
+        self._ledger.write_note(_PROBE, [self._probes, self._probe.state()])
         wanted = self._config.data.heldout and self._config.evaluate.probe_images
         if wanted and (self._probing is None or self._probing.done()):  # one at a time
             self._probing = asyncio.create_task(self._guard(self._probe_once()))
@@ -240,19 +285,34 @@ class ReplayQueue:
 
     # ------------------------------------------------------------ training
 
-    async def trained(self, version: Version, started: float, finished: float) -> None:
-        """The learner has reached `version`, in a step between these times."""
+    async def trained(
+        self,
+        version: Version,
+        started: float,
+        finished: float,
+        advantages: Sequence[Sequence[float]] = (),
+    ) -> None:
+        """The learner has reached `version`, in a step between these times; harmless a second time.
+
+        Args:
+            advantages: [group][caption] of the batch.
+        """
         self._check()
-        self._flow.advance(version)
-        self._ledger.record_run(Event.STEP, version, started=started, finished=finished)
+        self._flow.advance(version, advantages)
+        self._ledger.record_step(version, started, finished)
         await self._pump()
 
     async def step_metrics(self, version: Version) -> dict[str, float]:
-        """Measures of the batch cut at `version` (see replay/metrics.py), flat."""
+        """Measures of the batch cut at `version` (see replay/metrics.py), flat.
+
+        Without those of its captions if the hub has been restarted since.
+        """
         self._check()
         cut, reading = self._reading or (None, None)
+        if cut != version and self._flow.has_measured(version):
+            reading = self._read(version)
         return {
-            **await (reading if reading is not None and cut == version else self._read(version)),
+            **(await reading if reading is not None else {}),
             **self._probe.metrics(),
             "captions_sampled": float(self._flow.captions_sampled),
             "captions_trained": float(self._flow.captions_trained),
@@ -274,32 +334,56 @@ class ReplayQueue:
         }
 
     async def audit(self) -> dict[str, Any]:
-        """Reads the ledger afresh; see `ledger.audit_rows`."""
+        """Reads the ledger afresh; see `events.audit_rows`."""
+        self._check()
         return self._ledger.audit(self._config.replay.max_staleness)
 
-    async def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the queue, plain; call it between two learner steps."""
-        self._check()
-        return {**self._flow.state(), "probe": self._probe.state(), "probes": self._probes}
-
-    async def restore(self, state: dict[str, Any], version: Version) -> None:
-        """Goes back to a `state`; `version` begins a new epoch. What was under way then is issued again.
+    async def save(self, folder: str) -> None:
+        """Writes what a checkpoint keeps of the queue; call it between two learner steps.
 
         Raises:
-            LedgerError: the ledger in run_dir does not hold what the checkpoint says.
+            OSError: it could not be written.
         """
         self._check()
+        write_note(self._flow)
+        saved = replace(save(self._flow), probe=self._probe.state(), probes=self._probes)
+        await asyncio.to_thread(saved.write, Path(folder))
+
+    async def next_epoch(self) -> int:
+        """The number of the epoch that a rollback would begin."""
+        self._check()
+        return 1 + max([0, *(epoch for epoch in epoch_bases(self._ledger.rows()))])
+
+    async def trim(self, oldest: str) -> None:
+        """Keeps the ledger within `replay.ledger_mb`; `oldest` is the oldest checkpoint kept."""
+        self._check()
+        if self._ledger.megabytes() > self._config.replay.ledger_mb:
+            saved = await asyncio.to_thread(read_saved, Path(oldest))
+            if saved.ledger == self._ledger.identity:
+                self._ledger.fold(saved.position)
+
+    async def restore(self, folder: str | None, version: Version) -> None:
+        """Goes back to what `save` wrote, or to the start; `version` begins a new epoch.
+
+        Raises:
+            LedgerError: the checkpoint is damaged, or the ledger in run_dir does not hold what it says.
+        """
+        self._check()
+        saved = read_saved(Path(folder)) if folder else Saved(ledger=self._ledger.identity)
         self._dispatch.revoke(lambda work: work.owner is self._flow)
         self._learners.clear()
-        rows = [(index, self._sampler.row_at(index)) for index, _ in state["outstanding"]]
+        rows = [(index, self._sampler.row_at(index)) for index in saved.outstanding]
         again = await asyncio.to_thread(lambda: [self._put(self._train, index, row) for index, row in rows])
-        self._flow.restore(state, version, again)
+        restore(self._flow, saved, version, again)
         if self._probing is not None:  # of weights that are rolled back
             self._probing.cancel()
-        self._probe.restore(state["probe"])
-        self._probes = state["probes"]
+        if saved.probe is not None:
+            self._probe.restore(saved.probe)
+        self._probes = saved.probes
+        self._reading = None
         self._rates = Rates()
         self._inherited = False
+        self._commit()
         await self._pump()
 
     # ------------------------------------------------------------ evaluation
@@ -355,6 +439,7 @@ class ReplayQueue:
 
     async def references(self) -> int:
         """How many held-out rows come with a reference caption."""
+        self._check()
         rows = (await self._questions_of("judge")).rows
         return sum(row.reference_caption is not None for row in rows)
 

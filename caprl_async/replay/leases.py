@@ -67,13 +67,15 @@ class Held:
 class Leases:
     """All peers and all leases."""
 
-    def __init__(self, lease_timeout_s: float, peer_timeout_s: float) -> None:
+    def __init__(self, lease_timeout_s: float, peer_timeout_s: float, first: int = 1) -> None:
+        """`first` is the first lease's number; peers know lower ones from a hub that died."""
         self.peers: dict[str, PeerState] = {}  # by name
         self._by_identity: dict[bytes, PeerState] = {}
         self._leases: dict[int, Held] = {}
         self._lease_timeout_s = lease_timeout_s
         self._peer_timeout_s = peer_timeout_s
-        self._last = 0
+        self.first = first
+        self._last = first - 1
 
     def hello(self, identity: bytes, hello: Hello, now: float) -> list[Held]:
         """A peer is here. If it is a new incarnation, what the older one held is returned as lost."""
@@ -102,6 +104,15 @@ class Leases:
         self._leases[self._last] = Held(self._last, peer.hello.name, work, now + self._lease_timeout_s)
         peer.held.add(self._last)
         return self._last
+
+    def knows(self, number: int) -> bool:
+        """True for a lease that has been given and neither been answered nor taken back."""
+        return number in self._leases
+
+    def adopt(self, peer: PeerState, number: int, work: Work, now: float) -> None:
+        """Takes over a lease that another hub gave to a peer."""
+        self._leases[number] = Held(number, peer.hello.name, work, now + self._lease_timeout_s)
+        peer.held.add(number)
 
     def answered(self, peer: PeerState, number: int) -> Held | None:
         """The lease that an answer is to; None if it is late, a duplicate, or another's."""

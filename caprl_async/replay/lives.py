@@ -12,7 +12,7 @@ from caprl_async.data.rows import Row
 from caprl_async.judge.monitors import Missing
 from caprl_async.replay.work import Verdicts
 from caprl_async.reward.allocation import Allotted, Spreads, allot, weighed
-from caprl_async.reward.reward import TERMS, counted_weights, reward_parts, term_values, term_weights
+from caprl_async.reward.reward import counted_weights, reward_parts, term_values, term_weights
 from caprl_async.types import (
     CaptionGroup,
     ImageRef,
@@ -61,6 +61,7 @@ class Judgement:
 
     scored: ScoredGroup | None
     missing: tuple[Missing, ...]  # of all captions, those without a reward too
+    parts: tuple[RewardParts, ...]  # likewise
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def score_group(life: Life, verdicts: Verdicts, config: Config) -> Judgement:
         blind, *rest = verdicts
         verdicts = tuple(rest)
     weights = counted_weights(life.questions, blind, config.reward)
-    parts = [
+    parts = tuple(
         reward_parts(
             row,
             life.questions,
@@ -123,14 +124,14 @@ def score_group(life: Life, verdicts: Verdicts, config: Config) -> Judgement:
             scale=life.asked.scale,
         )
         for caption, row in zip(group.captions, verdicts, strict=True)
-    ]
+    )
     missing = tuple(
         Missing(tokens=len(caption.token_ids), asked=p.asked, scored=p.scored, accuracy=p.accuracy)
         for caption, p in zip(group.captions, parts, strict=True)
     )
     kept = [position for position, part in enumerate(parts) if part.total is not None]
     if len(kept) < config.replay.min_group:
-        return Judgement(None, missing)
+        return Judgement(None, missing, parts)
     scored = ScoredGroup(
         group=msgspec.structs.replace(group, captions=tuple(group.captions[i] for i in kept)),
         verdicts=tuple(verdicts[i] for i in kept),
@@ -141,7 +142,7 @@ def score_group(life: Life, verdicts: Verdicts, config: Config) -> Judgement:
         row_id=life.row.row_id,
         image=life.prompt.image,
     )
-    return Judgement(scored, missing)
+    return Judgement(scored, missing, parts)
 
 
 def spread(rewards: Sequence[RewardParts], config: Config) -> float:
@@ -154,16 +155,6 @@ def spread(rewards: Sequence[RewardParts], config: Config) -> float:
         abs(weight) * (max(column) - min(column))
         for weight, column in zip(term_weights(config.reward), columns, strict=True)
     )
-
-
-def reward_columns(rewards: Sequence[RewardParts]) -> dict[str, list[float | None]]:
-    """What the ledger keeps of a group's rewards: each term on its own, one number per caption."""
-    columns = {"rewards": [parts.total for parts in rewards]}
-    columns |= {term: [getattr(parts, term) for parts in rewards] for term in TERMS}
-    return {
-        name: [None if value is None else round(value, 4) for value in column]
-        for name, column in columns.items()
-    }
 
 
 def totals(scored: ScoredGroup) -> list[float]:

@@ -21,6 +21,7 @@ from caprl_async.types import (
     Generated,
     GenerateLease,
     Hello,
+    Holding,
     Judged,
     JudgeLease,
     Revoke,
@@ -51,8 +52,16 @@ class Peer:
         self._socket: Any = None
         self._running: dict[int, asyncio.Future[Answer]] = {}
         self._unacked: dict[int, tuple[float, bytes]] = {}  # lease -> when sent, answer
+        self._holds: dict[int, Holding] = {}  # of all of these
         self._serving: asyncio.Task[Any] | None = None
         self._news = asyncio.Event()
+
+    def move(self, address: HubAddress) -> None:
+        """The hub has come up elsewhere. Call it in the loop that serves."""
+        if self._socket is not None and address.endpoint != self._address.endpoint:
+            self._socket.disconnect(self._address.endpoint)
+            self._socket.connect(address.endpoint)
+        self._address = address
 
     def announce(self) -> None:
         """Sends the next Credit now: its fields have changed. Call it in the loop that serves."""
@@ -68,7 +77,8 @@ class Peer:
 
         async def credit() -> None:
             free = max(0, max_in_flight - len(self._running))
-            await self._socket.send(encode(Credit(free=free, **stats())))
+            holds = tuple(self._holds.values())
+            await self._socket.send(encode(Credit(free=free, holds=holds, **stats())))
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -76,6 +86,7 @@ class Peer:
                 async for lease in self._leases():
                     running: asyncio.Future[Answer] = asyncio.ensure_future(handle(lease))
                     self._running[lease.lease] = running
+                    self._holds[lease.lease] = _holding(lease)
                     group.create_task(self._finish(lease, running, credit))
         finally:
             for unfinished in self._running.values():
@@ -114,6 +125,7 @@ class Peer:
                         yield lease
                 case Ack(lease=number):
                     self._unacked.pop(number, None)
+                    self._holds.pop(number, None)
                 case Revoke(lease=number):
                     await self._revoke(number)
                 case _:
@@ -146,6 +158,12 @@ class Peer:
             await self._answer(lease, Judged(lease=lease, failure="revoked"))
 
 
+def _holding(lease: Lease) -> Holding:
+    if isinstance(lease, GenerateLease):
+        return Holding(lease.lease, lease.prompt.key, lease.prompt.attempt)
+    return Holding(lease.lease, lease.key, lease.attempt)
+
+
 def _failure(lease: Lease, text: str) -> Answer:
     if isinstance(lease, GenerateLease):
         return Generated(lease=lease.lease, failure=text)
@@ -160,7 +178,18 @@ class LearnerPeer:
         self._hello = encode(hello)
         self._context: zmq.Context[Any] = zmq.Context()
         self._socket = connect(self._context, address, f"{hello.name}/{hello.incarnation}")
+        self._endpoint = self._wanted = address.endpoint
         self._lock = threading.Lock()
+
+    def move(self, address: HubAddress) -> None:
+        """The hub has come up elsewhere; a request under way goes there at its next try. Any thread."""
+        self._wanted = address.endpoint
+
+    def _follow(self) -> None:
+        if self._wanted != self._endpoint:
+            self._socket.disconnect(self._endpoint)
+            self._endpoint = self._wanted
+            self._socket.connect(self._endpoint)
 
     def request_batch(
         self,
@@ -179,6 +208,7 @@ class LearnerPeer:
         request = encode(BatchRequest(version=version))
         with self._lock:
             while True:
+                self._follow()
                 self._socket.send(self._hello)
                 self._socket.send(request)
                 answered, batch = self._wait(version, time.monotonic() + _RESEND_S)

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from caprl_async.types import CaptionGroup, ScoredGroup, Version
 
+Bases = Mapping[int, int]
+"""epoch -> the step from which it went on; epoch 0, which began with the run, is not in it."""
 
-def fresh(oldest: Version, newest_allowed: Version, max_staleness: int) -> bool:
-    """True if a token of version `oldest` may enter the batch of version `newest_allowed`.
 
-    Another epoch's weights belong to steps that were rolled back, so they never may.
+def descends(old: Version, new: Version, bases: Bases) -> bool:
+    """True if the weights `new` were made from `old`: no rollback between went back behind them."""
+    if not (0 <= old.epoch <= new.epoch and old.step <= new.step):
+        return False
+    return all(old.step <= bases.get(epoch, -1) for epoch in range(old.epoch + 1, new.epoch + 1))
+
+
+def fresh(oldest: Version, learner: Version, max_staleness: int, bases: Bases) -> bool:
+    """True if a token of version `oldest` may enter the batch of version `learner`.
+
+    Weights of steps that were rolled back never may.
     """
-    same_epoch = oldest.epoch == newest_allowed.epoch
-    return same_epoch and newest_allowed.step - max_staleness <= oldest.step <= newest_allowed.step
+    return learner.step - max_staleness <= oldest.step and descends(oldest, learner, bases)
 
 
-def group_fresh(group: CaptionGroup, version: Version, max_staleness: int) -> bool:
-    """True if every token of the group may enter the batch of `version`."""
+def group_fresh(group: CaptionGroup, learner: Version, max_staleness: int, bases: Bases) -> bool:
+    """True if every token of the group may enter the batch of version `learner`."""
     return all(
-        fresh(span.version, version, max_staleness) for caption in group.captions for span in caption.spans
+        fresh(span.version, learner, max_staleness, bases)
+        for caption in group.captions
+        for span in caption.spans
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from caprl_async.config import ReplayConfig
 from caprl_async.judge.monitors import Missing, hacking_metrics, missing_metrics
-from caprl_async.replay.ledger import LedgerError
+from caprl_async.replay.events import LedgerError
 from caprl_async.replay.metrics import batch_metrics, mean
 from caprl_async.types import Evicted, Question, Retried, TrainBatch, Version
 
@@ -100,6 +100,10 @@ class Tally:
         self._evicted, self._retried, self._rewards, self._accuracies = Counter(), Counter(), [], []
         for old in sorted(self._metrics)[:-_KEPT]:
             del self._metrics[old]
+
+    def has_measured(self, version: Version) -> bool:
+        """Whether `measured` knows this batch."""
+        return version in self._metrics
 
     def measured(self, version: Version) -> Measured:
         """The batch cut at `version`, and what came between it and the one before.

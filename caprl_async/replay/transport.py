@@ -7,6 +7,7 @@ tagged unions in `types`; what does not decode is counted and dropped.
 
 from __future__ import annotations
 
+import errno
 import socket
 from typing import Any
 
@@ -21,6 +22,29 @@ _ENCODER = msgspec.msgpack.Encoder()
 _PEER = msgspec.msgpack.Decoder(PeerMessage)
 _HUB = msgspec.msgpack.Decoder(HubMessage)
 _LOOPBACK = "127.0.0.1"
+
+
+class HubKeys(msgspec.Struct, frozen=True, kw_only=True):
+    """The two key pairs of one run, made by whoever starts the hub: a hub that is restarted has the same."""
+
+    server_key: bytes
+    server_secret: bytes
+    client_key: bytes  # the peers' shared pair
+    client_secret: bytes
+
+    @classmethod
+    def make(cls) -> HubKeys:
+        server_key, server_secret = zmq.curve_keypair()
+        client_key, client_secret = zmq.curve_keypair()
+        return cls(
+            server_key=server_key,
+            server_secret=server_secret,
+            client_key=client_key,
+            client_secret=client_secret,
+        )
+
+    def __repr__(self) -> str:
+        return "HubKeys(not shown)"
 
 
 class HubAddress(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,35 +88,45 @@ class HubSocket:
         self.dropped = 0  # messages that could not be decoded
         self.refused = 0  # connections with a wrong key
         self._context = zmq.asyncio.Context()
-        self._client_key, self._client_secret = zmq.curve_keypair()
+        self._keys: HubKeys | None = None
         self._authenticator: AsyncioAuthenticator | None = None
         self._socket: zmq.asyncio.Socket | None = None
 
-    def start(self, host: str) -> HubAddress:
-        """Binds a free port of `host` ("auto": this node's address; default loopback)."""
+    def start(self, host: str, keys: HubKeys, port: int = 0) -> HubAddress:
+        """Binds `port` of `host` ("auto": this node's address); if it is 0 or taken, a free one."""
+        self._keys = keys
         self._authenticator = AsyncioAuthenticator(self._context)
         self._authenticator.start()
         self._authenticator.configure_curve_callback(domain="*", credentials_provider=self)
-        public, secret = zmq.curve_keypair()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.curve_server = True
-        self._socket.curve_publickey = public
-        self._socket.curve_secretkey = secret
+        self._socket.curve_publickey = keys.server_key
+        self._socket.curve_secretkey = keys.server_secret
         self._socket.router_handover = True  # a peer that reconnects keeps its name
         self._socket.linger = 0
         self._socket.sndhwm = self._socket.rcvhwm = 0  # bounded by credit, and ROUTER would drop silently
         host = _node_address() if host == "auto" else host
-        port = self._socket.bind_to_random_port(f"tcp://{host}")
         return HubAddress(
-            endpoint=f"tcp://{host}:{port}",
-            server_key=public,
-            client_key=self._client_key,
-            client_secret=self._client_secret,
+            endpoint=f"tcp://{host}:{self._bind(host, port)}",
+            server_key=keys.server_key,
+            client_key=keys.client_key,
+            client_secret=keys.client_secret,
         )
+
+    def _bind(self, host: str, port: int) -> int:
+        assert self._socket is not None
+        if port:
+            try:
+                self._socket.bind(f"tcp://{host}:{port}")
+                return port
+            except zmq.ZMQError as error:
+                if error.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
+                    raise
+        return int(self._socket.bind_to_random_port(f"tcp://{host}"))
 
     def callback(self, domain: str, key: bytes) -> bool:
         """Asked by the authenticator for every connection: `key` is the client's public key (z85)."""
-        allowed = key == self._client_key
+        allowed = self._keys is not None and key == self._keys.client_key
         self.refused += not allowed
         return allowed
 

@@ -39,6 +39,7 @@ class JudgeWork:
     questions: tuple[Question, ...]
     rotation: int
     serves: str  # which judges
+    peer: str = ""  # who was given it
 
 
 Work: TypeAlias = GenerateWork | JudgeWork

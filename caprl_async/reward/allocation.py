@@ -32,8 +32,11 @@ class Spreads:
         self._variances = dict(known)
         self._sum = math.fsum(self._variances.values())
 
-    def learn(self, questions: Sequence[Question], verdicts: Sequence[Sequence[Verdict]]) -> None:
-        """Takes in the verdicts [caption][question] of one group."""
+    def learn(
+        self, questions: Sequence[Question], verdicts: Sequence[Sequence[Verdict]]
+    ) -> list[tuple[str, float]]:
+        """Takes in the verdicts [caption][question] of one group; returns what has changed."""
+        changed: list[tuple[str, float]] = []
         for i, question in enumerate(questions):
             scores = [row[i].score for row in verdicts if row[i].outcome is Outcome.SCORED]
             found = [score for score in scores if score is not None]
@@ -44,6 +47,8 @@ class Spreads:
             mixed = new if old is None else old + _MEMORY * (new - old)
             self._variances[question.question_id] = mixed
             self._sum += mixed - (old or 0.0)
+            changed.append((question.question_id, mixed))
+        return changed
 
     def deviations(self, questions: Sequence[Question]) -> list[float]:
         """Of each question's score between captions; one not seen yet has the mean of all that were."""

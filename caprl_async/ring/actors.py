@@ -25,7 +25,7 @@ class ActorSpec:
     bundle: int  # index into the placement group
     cpus: float
     gpus: float
-    restarts: bool  # Ray starts it again; otherwise its death ends the attempt of the whole ring
+    restarts: bool  # Ray starts it again; a learner rank, which cannot go on alone, is not
     concurrency: int  # control calls it may run at one time
 
     @property
@@ -66,12 +66,12 @@ def roster(config: Config, *, first_bundle: int = 0) -> Roster:
         )
 
     return Roster(
-        hub=group([HUB], 0.0, restarts=False)[0],
+        hub=group([HUB], 0.0)[0],
         rollouts=group(names, ring.gpus_per_rollout),
         judges=group(judges, 0.0 if config.judge.endpoint.url else ring.gpus_per_judge),
         heldout_judges=group(heldout, ring.gpus_per_judge),
         # Threads, not asyncio: a rank sends a snapshot while it trains on the next batch.
-        learners=group(ranks, ring.gpus_per_learner, restarts=False, concurrency=4),
+        learners=group(ranks, ring.gpus_per_learner, restarts=False, concurrency=6),
     )
 
 
@@ -94,12 +94,14 @@ def reserve(actors: Roster, timeout_s: float) -> tuple[PlacementGroup, bool]:
     return group, True
 
 
-def spawn(spec: ActorSpec, group: PlacementGroup, actor_class: type, *args: Any) -> ActorHandle:
-    """Starts one actor in its bundle; returns at once."""
+def spawn(
+    spec: ActorSpec, group: PlacementGroup, actor_class: type, *args: Any, life: int = 1
+) -> ActorHandle:
+    """Starts one actor in its bundle; returns at once. `life` counts those that we started for this place."""
     handle: Any = (
         ray.remote(actor_class)
         .options(
-            name=f"caprl-{ray.get_runtime_context().get_job_id()}-{spec.name}",
+            name=f"caprl-{ray.get_runtime_context().get_job_id()}-{spec.name}-{life}",
             num_cpus=spec.cpus,
             num_gpus=spec.gpus,
             max_restarts=-1 if spec.restarts else 0,

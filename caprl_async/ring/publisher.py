@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
 from ray.exceptions import RayError
 
-from caprl_async.ring.errors import RingFailed
+from caprl_async.ring.errors import LearnersLost, RingFailed
 from caprl_async.types import Version
 from caprl_async.weights.sync import WeightSync
 from caprl_async.weights.types import LearnerLost, SyncReport, TransferFailed
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
 
 _TRIES = 3
 
@@ -21,16 +25,24 @@ def _said(error: Exception) -> str:
 
 
 class Publisher:
-    """`wanted` is the version that the engines hold or are about to.
+    """`wanted` is the version that the engines hold or are about to; `members()` are its engines.
+
+    Where the learner's sender dies, LearnersLost is raised: start the learner again, then `send_with`.
 
     `restart(name, reason)` is called for an engine that is not in the group, or whose weights may be half
     written, which cannot be told from whole ones: it starts afresh and then comes back by `rejoin`.
     """
 
-    def __init__(self, sync: WeightSync, restart: Callable[[str, str], None]) -> None:
+    def __init__(
+        self,
+        sync: WeightSync,
+        members: Callable[[], Mapping[str, ActorHandle]],
+        restart: Callable[[str, str], None],
+    ) -> None:
         self.wanted = Version(0, 0)
         self.metrics: dict[str, float] = {}  # of the last transfer, seconds
         self._sync = sync
+        self._members = members
         self._restart = restart
         self._pending: Future[SyncReport] | None = None
 
@@ -38,14 +50,14 @@ class Publisher:
         """Forms the group of all engines.
 
         Raises:
-            RingFailed: the learner is gone.
+            LearnersLost: the sender is gone.
+            RingFailed: no group can be formed.
         """
         try:
-            failed = self._sync.open()
+            failed = self._sync.open(self._members())
         except (LearnerLost, TransferFailed, RayError) as error:
-            raise RingFailed(f"no weight group could be formed: {_said(error)}") from error
-        for name, reason in failed.items():
-            self._restart(name, reason)
+            raise self._failure("no weight group could be formed", error) from error
+        self._restart_all(failed)
 
     def soon(self, version: Version) -> None:
         """Sends the learner's snapshot of `version` in the background, after a transfer still under way."""
@@ -87,9 +99,25 @@ class Publisher:
         try:
             report = pending.result()
         except (LearnerLost, TransferFailed, RayError) as error:
-            raise RingFailed(f"the weights of {self.wanted} could not be sent: {_said(error)}") from error
+            raise self._failure(f"the weights of {self.wanted} could not be sent", error) from error
         if not self._done(report):
             self._deliver()
+
+    def abandon(self) -> None:
+        """The learner is gone: forgets its transfers. Engines that it left half written start again."""
+        pending, self._pending = self._pending, None
+        self._sync.close()
+        if pending is not None and pending.done() and isinstance(error := pending.exception(), LearnerLost):
+            self._restart_all(error.failed)
+
+    def send_with(self, sync: WeightSync) -> None:
+        """From now on another learner sends; forms its group.
+
+        Raises:
+            LearnersLost, RingFailed: see `open`.
+        """
+        self._sync = sync
+        self.open()
 
     def close(self) -> None:
         """Ends the background thread; call it when the actors are gone."""
@@ -100,7 +128,7 @@ class Publisher:
             try:
                 report = self._sync.publish(self.wanted)
             except (LearnerLost, TransferFailed, RayError) as error:
-                raise RingFailed(f"the weights of {self.wanted} could not be sent: {_said(error)}") from error
+                raise self._failure(f"the weights of {self.wanted} could not be sent", error) from error
             if self._done(report):
                 return
         raise RingFailed(f"the weights of {self.wanted} reached no engine: {report.error}")
@@ -111,7 +139,16 @@ class Publisher:
             "weight_sync_s": report.seconds,
             "weight_sync_pause_s": max(report.engines.values(), default=0.0),
         }
-        for name, reason in report.failed.items():
-            self._restart(name, reason)
+        self._restart_all(report.failed)
         # Engines outside the group have been restarted and get the weights when they rejoin.
         return report.announced or bool(report.failed) or not report.members
+
+    def _restart_all(self, failed: Mapping[str, str]) -> None:
+        for name, reason in failed.items():
+            self._restart(name, reason)
+
+    def _failure(self, what: str, error: Exception) -> RingFailed:
+        if isinstance(error, LearnerLost):
+            self._restart_all(error.failed)
+            return LearnersLost(f"{what}: {_said(error)}")
+        return RingFailed(f"{what}: {_said(error)}")

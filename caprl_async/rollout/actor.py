@@ -20,6 +20,7 @@ from caprl_async.data.processor import PolicyProcessor, UnreadableImage, read_si
 from caprl_async.engine.build import VisionLimits
 from caprl_async.engine.engine import Engine
 from caprl_async.engine.types import EngineDied, RequestFailed
+from caprl_async.process import call_me, doing, whereabouts
 from caprl_async.rollout import sampling
 from caprl_async.types import CaptionGroup, Generated, GenerateLease, Hello, Prompt, Role
 
@@ -56,6 +57,12 @@ class RolloutActor:
 
     # ------------------------------------------------------------ control
 
+    async def hub_moved(self, address: HubAddress) -> None:
+        """The queue has come up elsewhere."""
+        self._hub = address
+        if self._peer is not None:
+            self._peer.move(address)
+
     async def start(self) -> dict[str, Any]:
         """Loads the policy and begins to take leases; asking twice is harmless.
 
@@ -63,6 +70,7 @@ class RolloutActor:
             EngineDied, UnsupportedModel: the policy's checkpoint cannot be served.
         """
         async with self._starting:
+            call_me(self.name)
             if self._engine is None:
                 begun = time.monotonic()
                 self._processor, self._engine = await asyncio.to_thread(self._build)
@@ -85,10 +93,11 @@ class RolloutActor:
     async def health(self) -> dict[str, Any]:
         """Load and counters since start."""
         if self._engine is None:
-            return {"name": self.name, "started": False}
+            return {"name": self.name, "started": False, **whereabouts()}
         return {
             "name": self.name,
             "started": True,
+            **whereabouts(),
             "version": str(self._engine.version),
             "groups": self._groups,
             "failures": self._failures,
@@ -119,7 +128,8 @@ class RolloutActor:
         """
         from caprl_async.weights.receiver import receive
 
-        seconds = await self.engine.call(lambda llm: receive(llm, info, version))
+        with doing(f"receiving {version}"):
+            seconds = await self.engine.call(lambda llm: receive(llm, info, version))
         self.announce()
         return seconds
 
@@ -138,7 +148,8 @@ class RolloutActor:
     async def answer(self, lease: GenerateLease) -> Generated:
         """The group of one lease, or why there is none. Cancelling aborts its captions."""
         try:
-            group = await self._caption(lease.prompt)
+            with doing("captioning"):
+                group = await self._caption(lease.prompt)
         except EngineDied as error:
             self._die(error)
             raise

@@ -197,7 +197,8 @@ class WeightSync:
                 self._failed(outcome, names[ready[0]], error)
         outcome.done.pop(LEARNER, None)
         if isinstance(outcome.learner, RayActorError):
-            raise LearnerLost(f"the learner is gone: {outcome.learner}") from outcome.learner
+            reason = f"the learner is gone: {outcome.learner}"
+            raise LearnerLost(reason, outcome.failed) from outcome.learner
         return outcome
 
     def _failed(self, outcome: _Outcome, name: str, error: BaseException) -> None:

@@ -6,6 +6,7 @@ to the rollout actors. Everything else about a transfer travels on the group's o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from caprl_async.types import Version
@@ -20,7 +21,14 @@ class EngineDirty(RuntimeError):
 
 
 class LearnerLost(RuntimeError):
-    """The learner's sending actor is gone; restart the gang, then make a new `WeightSync`."""
+    """The learner's sending actor is gone; restart the gang, then make a new `WeightSync`.
+
+    `failed`: engines that it may have left half written, and why: kill and restart them.
+    """
+
+    def __init__(self, reason: str, failed: Mapping[str, str] | None = None) -> None:
+        super().__init__(reason)
+        self.failed = dict(failed or {})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,59 @@
+"""What a process of the ring tells of itself: where it runs, and, in its title, what it is doing.
+
+`ps -eo pid,args | grep ray::` then shows the whole ring: `ray::learner-0: training 0.12, sending 0.11`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import setproctitle
+
+_lock = threading.Lock()
+_name = ""
+_doing: dict[str, int] = {}  # in order of their beginning; how often each is going on
+
+
+def whereabouts() -> dict[str, Any]:
+    """`pid`, and `node`, Ray's id of it; empty outside of Ray."""
+    import ray
+
+    node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+    return {"pid": os.getpid(), "node": node}
+
+
+def call_me(name: str) -> None:
+    """Names this process after its actor."""
+    global _name
+    with _lock:
+        _name = name
+        _show()
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Has the title say so as long as the block lasts; several things may go on at one time."""
+    _count(what, 1)
+    try:
+        yield
+    finally:
+        _count(what, -1)
+
+
+def _count(what: str, change: int) -> None:
+    with _lock:
+        before = _doing.get(what, 0)
+        _doing[what] = before + change
+        if not _doing[what]:
+            del _doing[what]
+        if not before or what not in _doing:
+            _show()
+
+
+def _show() -> None:
+    if _name:  # not in tests or tools, whose process is not an actor's
+        setproctitle.setproctitle(f"ray::{_name}" + (f": {', '.join(_doing)}" if _doing else ""))
