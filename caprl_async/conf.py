@@ -120,6 +120,7 @@ def run_folder(config: Config) -> Iterator[Path]:
     folder = Path(config.run_dir)
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(folder.stat().st_mode & 0o770)  # not for the whole world to read
         lock = (folder / ".lock").open("w")
     with lock:
         _lock(lock, folder)

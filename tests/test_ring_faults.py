@@ -15,8 +15,10 @@ import pytest
 
 from caprl_async import conf
 from caprl_async.ring import cluster
+from caprl_async.ring.checkpoints import RING
 from caprl_async.ring.errors import RingFailed
 from caprl_async.ring.supervisor import Supervisor
+from caprl_async.types import Version
 
 SMALL = ["evaluate.heldout_judge.model=", "evaluate.heldout_judge.data=", "evaluate.dense_policy="]
 
@@ -37,35 +39,132 @@ def stopped() -> Iterator[list[Supervisor]]:
 def _pid(handle: Any) -> int:
     import ray
 
-    return int(ray.get(handle.__ray_call__.remote(lambda _: os.getpid())))
+    return int(ray.get(handle.health.remote())["pid"])
+
+
+def _checkpoint(ring: Supervisor) -> None:
+    folder = ring.checkpoints.begin(ring.version.step)
+    ring.save(folder / RING)
+    ring.checkpoints.finish(folder, {})
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("role", ["rollouts", "judges"])
-def test_a_killed_engine_comes_back_and_nothing_is_lost(
-    role: str, tmp_path: Path, stopped: list[Supervisor]
+def test_whoever_is_killed_or_hangs_comes_back_and_nothing_is_lost(
+    tmp_path: Path, stopped: list[Supervisor]
 ) -> None:
     said: list[str] = []
+    short = ["ring.hang_timeout_s=10", "replay.peer_timeout_s=5", "observe.record_batches=true"]
     config = conf.load(
-        ["conf=conf/demo.yaml", f"run_dir={tmp_path}", "steps=8", "replay.batch_groups=8", *SMALL]
+        ["conf=conf/demo.yaml", f"run_dir={tmp_path}", "steps=20", "replay.batch_groups=4", *SMALL, *short]
     )
     ring = Supervisor(config, say=said.append)
     stopped.append(ring)
     ring.start()
     ring.open_admission()
-    for _ in range(2):
-        ring.step()
-    os.kill(_pid(getattr(ring, role)[0]), signal.SIGKILL)
-    for _ in range(6):
-        ring.step()
+
+    def turn(steps: int) -> None:
+        for _ in range(steps):
+            ring.step()
+
+    def hit(handle: Any, sign: signal.Signals) -> None:
+        os.kill(_pid(handle), sign)
+        turn(3)
+
+    turn(1)
+    for handle in (ring.rollouts[0], ring.judges[0], ring.hub):
+        hit(handle, signal.SIGKILL)
+    assert ring.version == Version(0, 10)
+    _checkpoint(ring)
+    turn(2)
+    hit(ring.learners[0], signal.SIGKILL)
+    assert ring.version == Version(1, 13), "it went back to step 10"
+    hit(ring.rollouts[0], signal.SIGSTOP)
+    hit(ring.hub, signal.SIGSTOP)
+    hit(ring.learners[0], signal.SIGSTOP)
+    assert ring.version == Version(2, 13)
     ring.finish()
-    assert any("starting it again" in text for text in said)
+
+    for name in ("rollout-0", "judge-0", "replay-queue"):
+        assert f"{name} died; starting it again" in said
+    assert sum("no sign of life" in text for text in said) == 3
     audit = ring.audit()
-    assert audit["violations"] == []
-    assert audit["ended"]["trained"] == 8 * 8
+    assert (audit["violations"], audit["lost"], audit["doubled"]) == ([], 0, 0)
+    assert audit["ended"]["trained"] == 13 * 4
     learner = ring.get(ring.learners[0].weights_fingerprint.remote())
     assert ring.get(ring.rollouts[0].weights_fingerprint.remote()) == learner
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_damaged_checkpoint_is_passed_over_and_without_any_it_begins_again(
+    tmp_path: Path, stopped: list[Supervisor]
+) -> None:
+    said: list[str] = []
+    arguments = ["conf=conf/demo.yaml", f"run_dir={tmp_path}", "replay.batch_groups=4", *SMALL]
+    ring = Supervisor(conf.load([*arguments, "learner.num_ranks=2"]), say=said.append)
+    stopped.append(ring)
+    ring.start()
+    ring.open_admission()
+    ring.step()
+    start = ring.get(ring.learners[0].weights_fingerprint.remote())
+    os.kill(_pid(ring.learners[1]), signal.SIGKILL)
+    ring.step()
+    assert ring.version == Version(1, 1)
+    assert any("back to the start" in text for text in said)
+    assert ring.get(ring.learners[0].weights_fingerprint.remote()) != start  # other captions, other weights
+    _checkpoint(ring)
+    ring.step()
+    _checkpoint(ring)
+    weights = tmp_path / "checkpoints" / "step-000002" / RING / "trainer" / "state"
+    (damaged,) = weights.glob("mp_rank_00*")
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    os.kill(_pid(ring.learners[0]), signal.SIGKILL)
+    ring.step()
+    assert any("is damaged" in text and damaged.name in text for text in said)
+    assert ring.version == Version(2, 2)
+    ring.finish()
+    audit = ring.audit()
+    assert (audit["violations"], audit["ended"]["trained"]) == ([], 8)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_node_that_is_lost_is_made_up_for_by_another(tmp_path: Path, stopped: list[Supervisor]) -> None:
+    """Everything but the driver may lie on it: queue, engines, learner."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        first = nodes.add_node(num_cpus=2)
+        config = conf.load(
+            [
+                *("conf=conf/demo.yaml", f"run_dir={tmp_path}", "replay.batch_groups=4", *SMALL),
+                f"ring.address={nodes.address}",
+            ]
+        )
+        ring = Supervisor(config)
+        stopped.append(ring)
+        ring.start()
+        ring.open_admission()
+        for _ in range(2):
+            ring.step()
+        _checkpoint(ring)
+        nodes.add_node(num_cpus=2)
+        nodes.remove_node(first, allow_graceful=False)
+        for _ in range(3):
+            ring.step()
+        assert ring.version == Version(1, 5)
+        ring.finish()
+        audit = ring.audit()
+        assert (audit["violations"], audit["ended"]["trained"]) == ([], 5 * 4)
+        ring.stop()
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
 
 
 @pytest.mark.slow

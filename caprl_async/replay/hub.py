@@ -7,7 +7,6 @@ prompts, captions, verdicts and batches come and go over the socket alone.
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections import Counter, deque
 from collections.abc import Coroutine, Sequence
@@ -23,12 +22,11 @@ from caprl_async.data.rows import Dataset, Reject, Row, append_rejects
 from caprl_async.data.sampler import PromptSampler
 from caprl_async.process import call_me, whereabouts
 from caprl_async.replay.dispatch import Dispatch
-from caprl_async.replay.eval_spec import EvalError, EvalResult, EvalSpec, heldout_spec
-from caprl_async.replay.evaluation import EvalRun
+from caprl_async.replay.eval_spec import EvalResult, EvalSpec
 from caprl_async.replay.events import LedgerError, epoch_bases
+from caprl_async.replay.examiner import Examiner
 from caprl_async.replay.flow import Cut, Prepared, TrainFlow
 from caprl_async.replay.ledger import Ledger
-from caprl_async.replay.probe import Probe
 from caprl_async.replay.samples import append_samples, record_batch
 from caprl_async.replay.saved import Saved, read_saved, recover, restore, save, write_note
 from caprl_async.replay.status import Rates, status
@@ -36,8 +34,7 @@ from caprl_async.replay.transport import HubAddress, HubKeys, HubSocket, encode
 from caprl_async.types import BatchReply, BatchRequest, PeerMessage, Version
 
 _TICK_S = 0.02  # commits, acknowledgements, time-outs
-_NAME = re.compile(r"[A-Za-z0-9._-]+")
-_PROBE = "probe "  # begins the names of probes, which no evaluation can have
+_PROBE = "probe"
 
 
 class HubAsleep(RuntimeError):
@@ -77,14 +74,17 @@ class ReplayQueue:
         self._tasks: list[asyncio.Task[None]] = []
         self._failure: BaseException | None = None
         self._learners: dict[bytes, Version] = {}  # who waits for which batch
-        self._evals: dict[str, tuple[EvalRun, asyncio.Event]] = {}
-        self._eval_data: dict[str, Dataset] = {}
         self._rates = Rates()
         self._reading: tuple[Version, asyncio.Task[dict[str, float]]] | None = None  # of the last cut
-        self._probe = Probe(config.reward.absent, config.evaluate.probe_images)
-        self._probes = 0  # begun
-        self._probed: list[Row] | None = None  # the images that they take turns with
-        self._probing: asyncio.Task[None] | None = None
+        self._examiner = Examiner(
+            config,
+            self._run_dir,
+            put=self._put,
+            pump=self._pump,
+            check=self._check,
+            revoke=self._dispatch.revoke,
+            on_error=self._on_error,
+        )
 
     # ------------------------------------------------------------ life
 
@@ -119,8 +119,7 @@ class ReplayQueue:
         again = await asyncio.to_thread(lambda: [self._put(self._train, index, row) for index, row in rows])
         self._dispatch.inherit(recover(self._flow, again), time.time())
         if (probe := self._ledger.read_note(_PROBE)) is not None:
-            self._probes, probed = probe
-            self._probe.restore(probed)
+            self._examiner.restore(probe)
 
     async def health(self) -> dict[str, Any]:
         """A sign of life; a hub that has not been started after its death has `started` false."""
@@ -128,8 +127,7 @@ class ReplayQueue:
 
     async def stop(self) -> None:
         """Closes the socket and the ledger; may be called twice."""
-        if self._probing is not None:
-            self._tasks.append(self._probing)
+        self._tasks += self._examiner.stop_probe()
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -165,8 +163,7 @@ class ReplayQueue:
         except Exception as error:
             if self._failure is None:
                 self._failure = error
-            for _, done in self._evals.values():
-                done.set()
+            self._examiner.give_up()
 
     def _check(self) -> None:
         if not self._tasks:
@@ -213,12 +210,11 @@ class ReplayQueue:
             self._ledger.commit()
 
     def _waiting_judges(self) -> set[str]:
-        return self._flow.waiting_judges().union(*(run.waiting_judges() for run, _ in self._evals.values()))
+        return self._flow.waiting_judges().union(*(run.waiting_judges() for run in self._examiner.runs))
 
     def _needed_judges(self) -> set[str]:
         """Without a held-out judge the run goes on, unless an evaluation that someone awaits needs it."""
-        awaited = (run for run, _ in self._evals.values() if not run.spec.name.startswith(_PROBE))
-        return {"judge"}.union(*(run.waiting_judges() for run in awaited))
+        return {"judge"}.union(*(run.waiting_judges() for run in self._examiner.awaited))
 
     async def _prepare(self) -> None:
         """Puts the images of the next prompts into the store, ahead of their admission."""
@@ -241,7 +237,7 @@ class ReplayQueue:
     async def _pump(self) -> None:
         """Hands out work, answers learners, ends evaluations; called whenever something has changed."""
         now = time.time()
-        runs = [run for run, _ in self._evals.values()]
+        runs = self._examiner.runs
         self._dispatch.hand_out([(run, run.waiting) for run in runs], self._flow, now)
         outbox = self._dispatch.outbox
         while outbox:
@@ -254,9 +250,7 @@ class ReplayQueue:
                 del self._learners[identity]
                 self._commit()  # a learner must never have a batch that a restarted hub does not know
                 await self._socket.send(identity, data)
-        for run, done in self._evals.values():
-            if run.done:
-                done.set()
+        self._examiner.tell()
 
     def _batch_reply(self, version: Version, now: float) -> bytes | None:
         if self._flow.finished:
@@ -273,11 +267,9 @@ class ReplayQueue:
             record_batch(self._run_dir / "batches", cut)
         # While the learner trains: it would wait for its end otherwise.
         self._reading = (cut.batch.version, self._read(cut.batch.version))
-        self._probe.trained_on(self._flow.measured(cut.batch.version).numbers["accuracy_all_mean"])
-        self._ledger.write_note(_PROBE, [self._probes, self._probe.state()])
-        wanted = self._config.data.heldout and self._config.evaluate.probe_images
-        if wanted and (self._probing is None or self._probing.done()):  # one at a time
-            self._probing = asyncio.create_task(self._guard(self._probe_once()))
+        self._examiner.trained_on(self._flow.measured(cut.batch.version).numbers["accuracy_all_mean"])
+        self._ledger.write_note(_PROBE, self._examiner.state())
+        self._examiner.probe(self._guard)
 
     def _on_error(self, source: str, text: str) -> None:
         self._errors.append({"time": time.time(), "source": source, "error": text})
@@ -313,7 +305,7 @@ class ReplayQueue:
             reading = self._read(version)
         return {
             **(await reading if reading is not None else {}),
-            **self._probe.metrics(),
+            **self._examiner.metrics(),
             "captions_sampled": float(self._flow.captions_sampled),
             "captions_trained": float(self._flow.captions_trained),
         }
@@ -326,7 +318,7 @@ class ReplayQueue:
         self._check()
         return {
             **status(self._flow, self._dispatch, self._ledger, self._rates),
-            "evaluations": {name: run.waiting for name, (run, _) in self._evals.items()},
+            "evaluations": {run.spec.name: run.waiting for run in self._examiner.runs},
             "messages": {"dropped": self._socket.dropped, "refused": self._socket.refused},
             "errors": list(self._errors),
             "error_counts": dict(self._error_counts),
@@ -346,7 +338,7 @@ class ReplayQueue:
         """
         self._check()
         write_note(self._flow)
-        saved = replace(save(self._flow), probe=self._probe.state(), probes=self._probes)
+        saved = replace(save(self._flow), probe=self._examiner.state())
         await asyncio.to_thread(saved.write, Path(folder))
 
     async def next_epoch(self) -> int:
@@ -375,11 +367,9 @@ class ReplayQueue:
         rows = [(index, self._sampler.row_at(index)) for index in saved.outstanding]
         again = await asyncio.to_thread(lambda: [self._put(self._train, index, row) for index, row in rows])
         restore(self._flow, saved, version, again)
-        if self._probing is not None:  # of weights that are rolled back
-            self._probing.cancel()
+        self._examiner.stop_probe()  # of weights that are rolled back
         if saved.probe is not None:
-            self._probe.restore(saved.probe)
-        self._probes = saved.probes
+            self._examiner.restore(saved.probe)
         self._reading = None
         self._rates = Rates()
         self._inherited = False
@@ -396,68 +386,9 @@ class ReplayQueue:
             DataError: a file of questions cannot be used.
         """
         self._check()
-        if not _NAME.fullmatch(spec.name) or spec.name in self._evals:
-            raise EvalError(f"evaluation name {spec.name!r} is running or is no plain file name")
-        data = await self._questions_of("judge")
-        run = await self._measure(spec, data, _first_rows(data, spec))
-        await asyncio.to_thread(run.write, self._run_dir / "evals" / f"{spec.name}.jsonl")
-        return run.result()
-
-    async def _measure(self, spec: EvalSpec, data: Dataset, rows: Sequence[Row]) -> EvalRun:
-        questions = {judge: await self._questions_of(judge) for judge in spec.judges}
-        prepared = await asyncio.to_thread(lambda: [self._put(data, i, row) for i, row in enumerate(rows)])
-        run, done = EvalRun(spec, self._config, prepared, questions, self._on_error), asyncio.Event()
-        self._evals[spec.name] = (run, done)
-        try:
-            self._check()
-            await self._pump()
-            await done.wait()
-            self._check()
-        finally:
-            del self._evals[spec.name]
-            self._dispatch.revoke(lambda work: work.owner is run)
-        return run
-
-    async def _probe_once(self) -> None:
-        """Captions the next few held-out images with the weights of the moment and has every judge ask."""
-        count = self._config.evaluate.probe_images
-        spec = heldout_spec(self._config, f"{_PROBE}{self._probes}")
-        seed = self._config.seed + count * self._probes  # new numbers for an image that comes again
-        sampling = replace(spec.sampling, seed=seed, temperature=self._config.rollout.temperature)
-        spec = replace(spec, sampling=sampling)
-        data = await self._questions_of("judge")
-        if self._probed is None:
-            others = [await self._questions_of(judge) for judge in spec.judges]
-            rows = _first_rows(data, spec)
-            self._probed = [row for row in rows if all(other.get(row.row_id) for other in others)]
-        known = self._probed
-        first = count * self._probes
-        chosen = [known[(first + i) % len(known)] for i in range(min(count, len(known)))]
-        self._probes += 1
-        if chosen:
-            self._probe.take((await self._measure(spec, data, chosen)).answers())
+        return await self._examiner.evaluate(spec)
 
     async def references(self) -> int:
         """How many held-out rows come with a reference caption."""
         self._check()
-        rows = (await self._questions_of("judge")).rows
-        return sum(row.reference_caption is not None for row in rows)
-
-    async def _questions_of(self, judge: str) -> Dataset:
-        data, heldout = self._config.data, self._config.evaluate.heldout_judge
-        if judge == "heldout" and not heldout.model:
-            raise EvalError("there is no held-out judge: set evaluate.heldout_judge.model")
-        if judge not in ("judge", "heldout"):
-            raise EvalError(f"no judge is called {judge!r}; there are 'judge' and 'heldout'")
-        path = heldout.data if judge == "heldout" and heldout.data else data.heldout
-        if not path:
-            raise EvalError("there are no held-out questions: set data.heldout")
-        if path not in self._eval_data:
-            dataset = await asyncio.to_thread(load_rows, path, self._abstain)
-            dataset.write_rejects(self._rejects)
-            self._eval_data[path] = dataset
-        return self._eval_data[path]
-
-
-def _first_rows(data: Dataset, spec: EvalSpec) -> tuple[Row, ...]:
-    return data.rows[: spec.images] if spec.images else data.rows
+        return await self._examiner.references()

@@ -69,8 +69,7 @@ class Saved(Struct, frozen=True):
     spreads: tuple[tuple[str, float], ...] = ()
     ledger: str = ""  # identity of the ledger that `position` is a row of
     position: int = 0
-    probe: dict[str, Any] | None = None
-    probes: int = 0
+    probe: dict[str, Any] | None = None  # the examiner's
 
     def write(self, folder: Path) -> None:
         (folder / QUEUE).write_bytes(encode(self))

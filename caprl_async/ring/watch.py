@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -81,8 +80,15 @@ class Watch:
             self._looking = False
 
     def kill(self, name: str) -> None:
-        """Ends an actor's process, also one that has been stopped and hears nothing."""
-        actor = self._actors[name]
+        """Ends an actor's process, also one that has been stopped and hears nothing.
+
+        One that Ray does not start again is then not watched any longer; a second time is harmless.
+        """
+        actor = self._actors.get(name)
+        if actor is None:
+            return
+        if not actor.restarts:
+            del self._actors[name]
         with contextlib.suppress(RayError):
             ray.kill(actor.handle, no_restart=not actor.restarts)
         if actor.pid:
@@ -95,25 +101,22 @@ class Watch:
                 self._say(f"{name} gives no sign of life for {self._hang_timeout_s:g} s; it is killed")
                 actor.asked = now
                 self.kill(name)
+                if not actor.restarts:
+                    self._lost(name, "it did not answer")
             return
         ping, actor.ping = actor.ping, None
         try:
             health = ray.get(ping)
         except ActorDiedError as error:
             if not actor.restarts:
+                self.kill(name)
                 self._lost(name, str(error).strip().splitlines()[0])
             return
         except RayError:
             return  # dying: Ray restarts it, the next ping reaches its successor
         actor.node, actor.pid = health["node"], health["pid"]
-        if not health["started"]:
+        if not health["started"] and actor.restarts:  # a rank is started as one of its gang
             self._revive(name)
-
-
-def whereabouts() -> dict[str, Any]:
-    """What an actor's `health` tells of its process: `pid`, and `node`, empty outside of Ray."""
-    node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
-    return {"pid": os.getpid(), "node": node}
 
 
 def kill_process(node: str, pid: int) -> None:
@@ -135,12 +138,3 @@ def _kill(pid: int) -> None:
     if b"ray::" in command:  # else the number belongs to another process by now
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-
-
-def pause(watch: Watch | None, seconds: float) -> None:
-    """Waits, watching."""
-    until = time.monotonic() + seconds
-    while (now := time.monotonic()) < until:
-        if watch is not None:
-            watch.look(now)
-        time.sleep(min(0.1, max(0.0, until - now)))
