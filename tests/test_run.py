@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,12 @@ from caprl_async.data.processor import PolicyProcessor
 from caprl_async.engine.build import VisionLimits
 from caprl_async.engine.engine import Engine
 from caprl_async.engine.types import Request
+from caprl_async.replay.ledger import audit_file
 from caprl_async.run import main
 from caprl_async.types import ImageRef
 
 ROOT = Path(__file__).resolve().parent.parent
+HELDOUT_OFF = ["evaluate.heldout_judge.model=", "evaluate.heldout_judge.data="]
 SMALL = ["replay.batch_groups=4", "evaluate.images=8", "evaluate.dense_policy=", "checkpoint.interval=2"]
 COMMAND = [sys.executable, "-m", "caprl_async.run", "conf=conf/demo.yaml", *SMALL]
 
@@ -132,3 +135,39 @@ def test_ctrl_c_in_the_middle_leaves_nothing_running(tmp_path: Path) -> None:
     assert "Traceback" not in error
     assert left_running(str(folder)) == []
     assert (folder / "report.html").is_file()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, with room for one checkpoint and not for two."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=44m", "tmpfs", str(disk)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"a disk of its own needs the right to mount one: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_full_disk_costs_no_checkpoint_that_is_there(tmp_path: Path, small_disk: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "checkpoints").symlink_to(small_disk)
+    few = ["data.heldout=", *HELDOUT_OFF, "checkpoint.interval=1", "observe.record_batches=true"]
+    full = _run(f"run_dir={folder}", "steps=3", *few)
+    assert full.returncode == 1, full.stderr
+    assert "no checkpoint this time" in full.stderr
+    assert "could not be saved" in full.stderr
+    assert "No space left" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert [path.name for path in small_disk.glob("*")] == ["step-000001"]
+
+    subprocess.run(["mount", "-o", "remount,size=300m", str(small_disk)], check=True)
+    again = _run(f"run_dir={folder}", "steps=3", "resume=true", *few)
+    assert again.returncode == 0, again.stderr
+    audit = audit_file(folder / "ledger.sqlite", 2)
+    assert (audit["violations"], audit["ended"]["trained"]) == ([], 3 * 4)

@@ -76,13 +76,13 @@ def test_made_up_captions_cover_their_tokens() -> None:
 def test_overhead_is_all_but_the_threads_that_compute() -> None:
     before = {
         1: Used("python -m caprl_async.run conf=x", 10.0, {1: 9.0}),
-        2: Used("ray::JudgeActor", 5.0, {20: 4.0, 21: 1.0}),
+        2: Used("ray::judge-0", 5.0, {20: 4.0, 21: 1.0}),
     }
     after = {
         1: Used("python -m caprl_async.run conf=x", 10.5, {1: 9.5}),
-        2: Used("ray::JudgeActor.answer", 16.0, {20: 14.0, 21: 1.6, 22: 0.4}),
-        3: Used("ray::LearnerActor", 8.0, {30: 1.0, 31: 6.5, 32: 0.3}),
-        4: Used("ray::ReplayQueue", 1.0, {40: 1.0}),
+        2: Used("ray::judge-0: judging", 16.0, {20: 14.0, 21: 1.6, 22: 0.4}),
+        3: Used("ray::learner-0: training 0.1", 8.0, {30: 1.0, 31: 6.5, 32: 0.3}),
+        4: Used("ray::replay-queue", 1.0, {40: 1.0}),
         5: Used("raylet --flags", 0.5, {50: 0.5}),
     }
     parts = split(before, after)

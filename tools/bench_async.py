@@ -47,7 +47,8 @@ QUIET = [
     *("evaluate.dense_policy=", "evaluate.probe_images=0", "checkpoint.interval=100000"),
 ]
 """Nothing but training."""
-STAGES = {"rollout": "RolloutActor", "judge": "JudgeActor", "learner": "LearnerActor"}
+STAGES = {"rollout": "rollout-", "judge": "judge-", "learner": "learner-"}
+"""Beginnings of their processes' titles (caprl_async/process.py)."""
 COMPUTES = {"rollout": 0.2, "judge": 0.2, "learner": 0.05}
 """Share of its process's CPU time above which a stage's thread is taken to compute."""
 OVERHEAD = (*(f"around {stage}" for stage in STAGES), "queue", "driver", "ray")
@@ -190,13 +191,13 @@ def split(before: dict[int, Used], after: dict[int, Used]) -> dict[str, float]:
     for pid, now in after.items():
         then = before.get(pid, Used(now.name, 0.0, {}))
         total = now.total - then.total
-        stage = next((s for s, actor in STAGES.items() if now.name.startswith(f"ray::{actor}")), None)
+        stage = next((s for s, name in STAGES.items() if now.name.startswith(f"ray::{name}")), None)
         if stage is not None:
             threads = [seconds - then.threads.get(tid, 0.0) for tid, seconds in now.threads.items()]
             computed = sum(seconds for seconds in threads if seconds > COMPUTES[stage] * total)
             parts[stage] += computed
             parts[f"around {stage}"] += max(0.0, total - computed)
-        elif now.name.startswith("ray::ReplayQueue"):
+        elif now.name.startswith("ray::replay-queue"):
             parts["queue"] += total
         else:
             parts["driver" if "caprl_async.run" in now.name else "ray"] += total

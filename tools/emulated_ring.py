@@ -19,6 +19,7 @@ from caprl_async.config import Config
 from caprl_async.engine.engine import START, EngineStats
 from caprl_async.judge.actor import JudgeActor
 from caprl_async.learner.actor import LearnerActor, StepReport
+from caprl_async.process import whereabouts
 from caprl_async.ring.supervisor import Supervisor
 from caprl_async.rollout.actor import RolloutActor
 from caprl_async.types import (
@@ -196,7 +197,7 @@ class EmulatedJudge(JudgeActor):
         return {"name": self.name}
 
     async def health(self) -> dict[str, Any]:
-        return {"name": self.name, "started": self._judge is not None}
+        return {"name": self.name, "started": self._judge is not None, **whereabouts()}
 
     async def answer(self, lease: JudgeLease) -> Judged:
         times, seed = self._times, f"judge {lease.key}"
