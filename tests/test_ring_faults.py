@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,8 +133,12 @@ def test_a_damaged_checkpoint_is_passed_over_and_without_any_it_begins_again(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_node_that_is_lost_is_made_up_for_by_another(tmp_path: Path, stopped: list[Supervisor]) -> None:
+def test_a_node_that_is_lost_is_made_up_for_by_another(
+    tmp_path: Path, stopped: list[Supervisor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Everything but the driver may lie on it: queue, engines, learner."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN", os.environ.get("RAY_AUTH_TOKEN", secrets.token_hex(32)))
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "120")  # a busy machine needs longer than Ray's 30
     import ray
     from ray.cluster_utils import Cluster
 

@@ -359,7 +359,7 @@ class Crew:
             if name.startswith(("the learner", "learner-")):
                 raise LearnersLost(str(error)) from error
             raise
-        except RingLost:
+        except (RingLost, LearnersLost):
             raise
         except RingFailed as error:
             if has_checkpoint(Path(self.config.run_dir)) and "resume=true" not in str(error):
