@@ -31,7 +31,9 @@ __all__ = [
     "check_machine",
     "dump",
     "has_checkpoint",
+    "has_run",
     "help_text",
+    "is_resolved",
     "load",
     "markdown_table",
     "read",
@@ -44,6 +46,7 @@ help_text = conf_help.help_text
 markdown_table = conf_help.markdown_table
 check_machine = conf_checks.check_machine
 has_checkpoint = conf_files.has_checkpoint
+has_run = conf_files.has_run
 
 RESOLVED = "conf.yaml"
 """Name of the resolved conf in a run folder."""
@@ -98,6 +101,16 @@ def to_yaml(config: Config) -> str:
     return yaml.dump(container, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
+def is_resolved(config: Config, folder: Path) -> bool:
+    """Whether a run folder's conf.yaml was written for this very conf."""
+    path = folder / RESOLVED
+    return path.is_file() and path.read_text(encoding="utf-8") == to_yaml(_unresumed(config))
+
+
+def _unresumed(config: Config) -> Config:
+    return dataclasses.replace(config, resume=False)
+
+
 class _Dumper(yaml.SafeDumper):
     """Escapes Unicode's line breaks in texts: unescaped, yaml would read them back as plain ones."""
 
@@ -129,7 +142,7 @@ def run_folder(config: Config) -> Iterator[Path]:
             way = resume if has_checkpoint(folder) else delete
             raise ConfError(f"run_dir={folder} already holds a run; {way}, or choose another run_dir=...")
         with _writing(folder):
-            dump(dataclasses.replace(config, resume=False), folder / RESOLVED)
+            dump(_unresumed(config), folder / RESOLVED)
         yield folder
 
 

@@ -176,6 +176,10 @@ _BOUNDS: dict[str, _Bound] = {
     "ring.gpus_per_judge": _NOT_NEGATIVE,
     "ring.gpus_per_learner": _NOT_NEGATIVE,
     "ring.start_timeout_s": _POSITIVE,
+    "ring.hang_timeout_s": ("5 or more: a sign of life comes every second", lambda v: v >= 5),
+    "ring.driver_restarts": _NOT_NEGATIVE,
+    "ring.restarts": _NOT_NEGATIVE,
+    "replay.ledger_mb": _NOT_NEGATIVE,
     "observe.samples_per_step": _NOT_NEGATIVE,
     "observe.gallery_images": _NOT_NEGATIVE,
 }

@@ -25,6 +25,9 @@ INPUT_MODELS = {
 }
 """Keys that name the folder of a checkpoint, and whether the run needs one."""
 
+LEDGER = "ledger.sqlite"
+"""The file of a run folder that holds every prompt's life, from the moment at which the queue is up."""
+
 
 def problems(config: Config) -> Iterator[str]:
     """A sentence for each file that is missing or wrong."""
@@ -125,9 +128,14 @@ def has_checkpoint(run_dir: Path) -> bool:
     return any((run_dir / "checkpoints").glob("step-*/manifest.json"))
 
 
+def has_run(run_dir: Path) -> bool:
+    """Whether a run folder holds a run that has begun; without a checkpoint it begins again on a resume."""
+    return (run_dir / LEDGER).is_file() or has_checkpoint(run_dir)
+
+
 def _resume(config: Config) -> Iterator[str]:
-    if config.resume and not has_checkpoint(Path(config.run_dir)):
+    if config.resume and not has_run(Path(config.run_dir)):
         yield (
-            f"resume=true, but run_dir={config.run_dir} holds no checkpoint; start anew with resume=false "
-            "and another run_dir"
+            f"resume=true, but run_dir={config.run_dir} holds no checkpoint, nor a run that has begun; start "
+            "anew with resume=false and another run_dir"
         )

@@ -328,10 +328,9 @@ class RingConfig:
     gpus_per_judge: float = key(0.0, "Ray GPUs per judge actor")
     gpus_per_learner: float = key(0.0, "Ray GPUs per learner rank")
     start_timeout_s: float = key(600.0, "an actor that is not ready by then has failed")
-    hang_timeout_s: float = key(
-        60.0, "an actor or driver that gives no sign of life for this long is killed and started again"
-    )
+    hang_timeout_s: float = key(60.0, "an actor or driver silent for so long is killed and started again")
     restarts: int = key(5, "deaths of one actor between two learner steps that are borne")
+    driver_restarts: int = key(5, "of a driver that dies, hangs or loses Ray; a new checkpoint resets them")
 
 
 @dataclass

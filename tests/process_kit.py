@@ -1,4 +1,4 @@
-"""Finds the processes that a test's run started, by a mark in their environment that all of them inherit."""
+"""Finds the processes that a test's run has left behind, also those whose parents have died."""
 
 from __future__ import annotations
 
@@ -6,25 +6,20 @@ import time
 
 import psutil
 
-MARK = "CAPRL_TEST_RUN"
+from caprl_async import processes
+
+processes.adopt_orphans()  # what a dead run leaves behind becomes a child of this process
 
 
-def marked(value: str) -> list[str]:
-    """Command lines of live processes that carry `MARK=value`, this one left out."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            mine = process.pid != psutil.Process().pid and process.environ().get(MARK) == value
-            if mine and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(" ".join(process.cmdline()[:4]))
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue  # ended meanwhile, or not ours
-    return found
+def left_running(before: list[psutil.Process], patience_s: float = 30.0) -> list[str]:
+    """Titles of what this process has started since `before` (its `processes.descendants()`) and still runs.
 
-
-def left_running(value: str, patience_s: float = 30.0) -> list[str]:
-    """The same, but processes that are just ending get `patience_s` to do so."""
+    What is just ending gets `patience_s` to do so.
+    """
     deadline = time.monotonic() + patience_s
-    while (found := marked(value)) and time.monotonic() < deadline:
+    while True:
+        processes.bury_orphans(own=0)
+        found = processes.descendants(spare=before)
+        if not found or time.monotonic() > deadline:
+            return processes.titles(found)
         time.sleep(0.2)
-    return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Any
 
 import msgspec
 import pytest
-from process_kit import MARK, left_running
+from process_kit import left_running
 
-from caprl_async import conf, types
+from caprl_async import conf, processes, types
 from caprl_async.config import BandsConfig, Config
 from caprl_async.ring.supervisor import Supervisor
 
@@ -50,7 +49,7 @@ def turned(tmp_path_factory: pytest.TempPathFactory) -> Turned:
     )
     run = Turned(run_dir)
     run.config = config
-    os.environ[MARK] = str(run_dir)
+    before = processes.descendants()
     ring = Supervisor(config)
     plain_get = ring.get_all
 
@@ -76,7 +75,7 @@ def turned(tmp_path_factory: pytest.TempPathFactory) -> Turned:
         from caprl_async.ring import cluster
 
         cluster.disconnect()
-    run.left = left_running(os.environ.pop(MARK))
+    run.left = left_running(before)
     return run
 
 

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: wrong confs, a run, a second one in its folder, a resume, Ctrl-C."""
+"""The command line as a user meets it: wrong confs, a run, its folder, a resume, Ctrl-C, a killed driver."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from engine_kit import MAX_PIXELS, MIN_PIXELS, PROMPT, noise_image, tiny_engine
-from process_kit import MARK, left_running
+from process_kit import left_running
 
+from caprl_async import processes
 from caprl_async.data.processor import PolicyProcessor
 from caprl_async.engine.build import VisionLimits
 from caprl_async.engine.engine import Engine
 from caprl_async.engine.types import Request
+from caprl_async.observe.metrics import read_metrics
 from caprl_async.replay.ledger import audit_file
 from caprl_async.run import main
 from caprl_async.types import ImageRef
@@ -116,10 +119,10 @@ def _captions_in_vllm(folder: Path, image: ImageRef) -> None:
 @pytest.mark.timeout(600)
 def test_ctrl_c_in_the_middle_leaves_nothing_running(tmp_path: Path) -> None:
     folder = tmp_path / "run"
+    before = processes.descendants()
     run = subprocess.Popen(
         [*COMMAND, f"run_dir={folder}", "steps=500"],
         cwd=ROOT,
-        env={**os.environ, MARK: str(folder)},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -133,7 +136,8 @@ def test_ctrl_c_in_the_middle_leaves_nothing_running(tmp_path: Path) -> None:
     _, error = run.communicate(timeout=90)
     assert run.returncode == 130, error
     assert "Traceback" not in error
-    assert left_running(str(folder)) == []
+    assert "left processes" not in error
+    assert left_running(before, patience_s=0.0) == []
     assert (folder / "report.html").is_file()
 
 
@@ -171,3 +175,35 @@ def test_a_full_disk_costs_no_checkpoint_that_is_there(tmp_path: Path, small_dis
     assert again.returncode == 0, again.stderr
     audit = audit_file(folder / "ledger.sqlite", 2)
     assert (audit["violations"], audit["ended"]["trained"]) == ([], 3 * 4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_driver_is_started_again_and_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "a run's = folder"
+    before = processes.descendants()
+    bare = ["data.heldout=", "evaluate.heldout_judge.model=", "evaluate.heldout_judge.data="]
+    run = subprocess.Popen(
+        [*COMMAND, *bare, f"run_dir={folder}", "steps=6"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while not list(folder.glob("checkpoints/step-*")):
+            assert run.poll() is None, run.stderr and run.stderr.read()
+            assert time.monotonic() < deadline, "no checkpoint in five minutes"
+            time.sleep(0.1)
+        (driver,) = psutil.Process(run.pid).children()
+        driver.kill()
+        _, error = run.communicate(timeout=400)
+    finally:
+        run.kill()
+    assert run.returncode == 0, error
+    assert "SIGKILL" in error
+    assert "from checkpoints/step-" in error
+    assert "left processes" not in error
+    assert left_running(before, patience_s=0.0) == []
+    assert json.loads((folder / "result.json").read_text())["steps"] == 6
+    assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
+    audit = audit_file(folder / "ledger.sqlite", 2)
+    assert audit["violations"] == []
+    assert audit["ended"]["trained"] == 6 * 4
