@@ -5,6 +5,7 @@ Stands before the ring: whatever is wrong with a conf is one `ConfError` here, b
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import enum
@@ -14,11 +15,12 @@ import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from caprl_async import conf_checks, conf_files, conf_help
@@ -54,6 +56,12 @@ RESOLVED = "conf.yaml"
 _PACKAGE = Path(__file__).resolve().parent
 _WRITTEN = ("run_dir", "data.image_dir")  # paths that the run makes; all other paths must exist
 _READ = tuple(conf_files.INPUT_FILES) + tuple(conf_files.INPUT_MODELS)
+_SHOWN = 200  # characters of a wrong key or value
+_UNREADABLE = (OSError, ValueError, LookupError, RecursionError, yaml.YAMLError, OmegaConfBaseException)
+"""What yaml and OmegaConf raise at broken input; ValueError: no UTF-8, or a number of thousands of digits;
+LookupError: a key of brackets alone."""
+_UNFIT = (OmegaConfBaseException, ValueError, OverflowError)
+"""And at a value of a wrong type; ValueError: one that it cannot print; OverflowError: beyond all floats."""
 
 
 @dataclass(frozen=True)
@@ -165,13 +173,20 @@ def _lock(file: IO[str], folder: Path) -> None:
 
 def resolve_path(text: str, folder: Path | None = None) -> str:
     """An absolute path. `pkg:x` lies in the installed package; a relative path is taken from the working
-    directory, or from `folder` (of the conf that names it) if it exists only there."""
-    if text.startswith("pkg:"):
-        return str(_PACKAGE / text.removeprefix("pkg:"))
-    path = Path(text).expanduser()
-    if folder is not None and not path.exists() and (folder / path).exists():
-        path = folder / path
-    return str(path.resolve())
+    directory, or from `folder` (of the conf that names it) if it exists only there.
+
+    Raises:
+        ConfError: no path can have this text (too long, a zero byte, no such user).
+    """
+    try:
+        if text.startswith("pkg:"):
+            return str(_PACKAGE / text.removeprefix("pkg:"))
+        path = Path(text).expanduser()
+        if not path.exists() and folder is not None and (folder / path).exists():
+            path = folder / path
+        return str(path.resolve())
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfError(f"{_shown(text)} is no path: {_plain(str(error))}") from error
 
 
 # ---------------------------------------------------------------- reading
@@ -196,7 +211,10 @@ def _example_conf() -> str:
 
 def _file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[_Layer]:
     """The file's own layer last; what it extends comes before it."""
-    path = Path(resolve_path(str(path)))
+    try:
+        path = Path(resolve_path(str(path)))
+    except ConfError as error:
+        raise ConfError(f"base: {error} (in {seen[-1]})" if seen else f"conf={error}") from error
     if path in seen:
         raise ConfError("base: goes in a circle: " + " -> ".join(str(p) for p in (*seen, path)))
     if not path.is_file():
@@ -209,7 +227,7 @@ def _file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[_Layer]:
         raise ConfError(f"base={base!r} in {path} is neither a path nor a list of paths")
     below: list[_Layer] = []
     for name in named:
-        relative = name if name.startswith("pkg:") else str(path.parent / Path(name).expanduser())
+        relative = name if name.startswith(("pkg:", "~")) else str(path.parent / name)
         below += _file_layers(Path(relative), (*seen, path))
     return [*below, _Layer(str(path), values, path.parent)]
 
@@ -227,18 +245,21 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfError(f"{path}{line} is not valid yaml: {error.problem}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfError(f"{path} cannot be read as yaml: {error}") from error
+    except _UNREADABLE as error:
+        raise ConfError(f"{path} cannot be read as yaml: {_plain(str(error))}") from error
     if not isinstance(values, dict):
         raise ConfError(f"{path} holds no `key: value` lines")
     return {str(name): value for name, value in values.items()}
 
 
 def _parse_dotlist(overrides: Sequence[str]) -> dict[str, Any]:
-    try:
-        values = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfError(f"cannot read {' '.join(overrides)}: {error}") from error
+    read = OmegaConf.create()
+    for override in overrides:
+        try:
+            read.merge_with_dotlist([override])
+        except _UNREADABLE as error:
+            raise ConfError(f"cannot read {_shown(override)}: {_plain(str(error))}") from error
+    values = OmegaConf.to_container(read, resolve=False)
     assert isinstance(values, dict)
     if "base" in values:
         raise ConfError("base= works in a conf file only; on the command line name the conf by conf=")
@@ -250,7 +271,7 @@ def _parse_dotlist(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _merge(layers: list[_Layer]) -> tuple[Config, dict[str, _Layer]]:
     """The layers over the defaults, later ones winning, and the layer each key came from."""
-    tree = OmegaConf.structured(Config)
+    tree = copy.deepcopy(_defaults())
     sources: dict[str, _Layer] = {}
     problems: list[str] = []
     known = {leaf.key: leaf for leaf in conf_help.leaves()}
@@ -260,18 +281,30 @@ def _merge(layers: list[_Layer]) -> tuple[Config, dict[str, _Layer]]:
                 value = ""  # `key:` and `key=` with nothing after them
             try:
                 OmegaConf.update(tree, key, value, merge=False)
-            except OmegaConfBaseException:
+            except _UNFIT:
                 problems.append(_wrong_type(key, value, known[key].type, layer.name))
             sources[key] = layer
     if problems:
         raise ConfError.of(problems)
     try:
         config = OmegaConf.to_object(tree)
-    except OmegaConfBaseException as error:  # an interpolation that leads nowhere, or to a wrong type
-        key = error.full_key or "a key"
-        raise ConfError(f"{key}: {str(error).splitlines()[0]}") from error
+    except _UNFIT as error:  # an interpolation that leads nowhere, or to a wrong type
+        key = getattr(error, "full_key", None) or ", ".join(key for key in sources if _refers(tree, key))
+        raise ConfError(f"{key}: {_plain(str(error).splitlines()[0])}") from error
     assert isinstance(config, Config)
     return config, sources
+
+
+def _refers(tree: DictConfig, key: str) -> bool:
+    """True if the key's value is an interpolation."""
+    room, _, name = key.rpartition(".")
+    return OmegaConf.is_interpolation(OmegaConf.select(tree, room) if room else tree, name)
+
+
+@cache
+def _defaults() -> DictConfig:
+    """Taking the dataclasses apart is most of the time that a conf takes to read."""
+    return OmegaConf.structured(Config)
 
 
 def _flatten(
@@ -282,25 +315,25 @@ def _flatten(
     for name, value in values.items():
         key = f"{prefix}{name}"
         if name not in hints:
-            problems.append(_unknown(key, room, source))
+            problems.append(_unknown(prefix, _plain(str(name)) or "''", room, source))
         elif not dataclasses.is_dataclass(hints[name]):
             yield key, value
         elif isinstance(value, dict):
             yield from _flatten(value, hints[name], f"{key}.", source, problems)
         elif value is not None:  # a section whose keys are all commented out is null
             inner = ", ".join(f.name for f in dataclasses.fields(hints[name]))
-            problems.append(f"{key}={value!r} in {source}: {key} is a section with the keys {inner}")
+            problems.append(f"{key}={_shown(value)} in {source}: {key} is a section with the keys {inner}")
 
 
-def _unknown(key: str, room: type, source: str) -> str:
-    return f"unknown key {key} in {source}; did you mean {_nearest_key(key, room)}?"
+def _unknown(prefix: str, name: str, room: type, source: str) -> str:
+    return f"unknown key {prefix}{name} in {source}; did you mean {_nearest_key(prefix, name, room)}?"
 
 
-def _nearest_key(key: str, room: type) -> str:
+def _nearest_key(prefix: str, name: str, room: type) -> str:
     """The same name in another room, else a similar one in this room, else one whose help holds it."""
-    prefix, dot, name = key.rpartition(".")
+    key = f"{prefix}{name}"
     leaves = conf_help.leaves()
-    siblings = [f"{prefix}{dot}{field.name}" for field in dataclasses.fields(room)]
+    siblings = [f"{prefix}{field.name}" for field in dataclasses.fields(room)]
     every = [leaf.key for leaf in leaves]
     words = name.replace("_", " ")
     candidates = (
@@ -315,13 +348,27 @@ def _nearest_key(key: str, room: type) -> str:
 
 
 def _wrong_type(key: str, value: Any, wanted: Any, source: str) -> str:
-    head = f"{key}={value!r} in {source}"
+    head = f"{key}={_shown(value)} in {source}"
     if isinstance(wanted, type) and issubclass(wanted, enum.Enum):
         names = [member.name for member in wanted]
-        close = difflib.get_close_matches(str(value), names, n=1)
+        close = difflib.get_close_matches(_shown(value).strip("'"), names, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         return f"{head} is none of {' | '.join(names)}{hint}"
     return f"{head} is not {describe_type(wanted)}"
+
+
+def _shown(value: Any) -> str:
+    """A wrong value, cut short; Python writes no number of thousands of digits."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _plain(text: str) -> str:
+    """A wrong text that any terminal can print."""
+    return text[:_SHOWN].encode("utf-8", "backslashreplace").decode()
 
 
 def describe_type(wanted: Any) -> str:
@@ -345,4 +392,7 @@ def _resolve_paths(config: Config, sources: dict[str, _Layer]) -> None:
             source = sources.get(key)
             folder = source.folder if source is not None and key in _READ else None
             room, name = conf_help.room_of(config, key)
-            setattr(room, name, resolve_path(text, folder))
+            try:
+                setattr(room, name, resolve_path(text, folder))
+            except ConfError as error:
+                raise ConfError(f"{key}={error}") from error

@@ -5,12 +5,11 @@ Used by conf.py alone; every check gives a sentence that names its keys and says
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from caprl_async import conf_files, conf_help, conf_learner, conf_loss
+from caprl_async import conf_files, conf_help, conf_learner, conf_loss, conf_values
 from caprl_async.conf_help import value_of
 from caprl_async.config import Blind, Config, EngineConfig, JudgeMode, WeightBackend
 from caprl_async.judge.chat import clashes as endpoint_clashes
@@ -188,8 +187,8 @@ _BOUNDS: dict[str, _Bound] = {
 def _ranges(config: Config) -> Iterator[str]:
     for leaf in conf_help.leaves():
         value = value_of(config, leaf.key)
-        if isinstance(value, float) and not math.isfinite(value):
-            yield f"{leaf.key}={value} must be a finite number"
+        if problem := conf_values.problem(leaf.key, value):
+            yield problem
         elif leaf.key in _BOUNDS and not _BOUNDS[leaf.key][1](value):
             yield f"{leaf.key}={value} must be {_BOUNDS[leaf.key][0]}"
     if config.rollout.group_size < 2:

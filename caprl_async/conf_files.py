@@ -72,8 +72,13 @@ def _model_problem(key: str, folder: Path, config: Config) -> str | None:
         return f"{key}={folder} holds no *.safetensors; save the checkpoint in that format"
     try:
         architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return f"{key}={folder}/config.json is not valid json: {error}"
+    rooms = ("vision_config", "text_config")
+    if not isinstance(architecture, dict) or not all(
+        isinstance(architecture.get(r, {}), dict) for r in rooms
+    ):
+        return f"{key}={folder}/config.json is no description of a model"
     captioner = key in ("policy.model", "evaluate.dense_policy")
     if captioner and "vision_config" not in architecture:
         return f"{key}={folder} has no vision tower (vision_config); a captioner must see"
@@ -87,7 +92,8 @@ def _model_problem(key: str, folder: Path, config: Config) -> str | None:
     if not captioner and "vision_config" in architecture:
         return f"{key}={folder} has a vision tower; a judge must be a text-only model"
     named = architecture.get("architectures") or []
-    if not captioner and not any(str(name).endswith("ForCausalLM") for name in named):
+    answers = isinstance(named, list) and any(str(name).endswith("ForCausalLM") for name in named)
+    if not captioner and not answers:
         return f"{key}={folder} is {named or 'of no named architecture'}; a judge must be a ...ForCausalLM"
     return _too_long(key, folder, architecture, config)
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from caprl_async import conf
 from caprl_async.config import Config
+from caprl_async.data.rows import Reject, append_rejects
 from caprl_async.observe import names, table
 from caprl_async.observe.charts import CHARTS, series, smooth
 from caprl_async.observe.metrics import MetricsWriter
@@ -255,6 +256,64 @@ def test_text_of_the_run_is_escaped_everywhere(run_dir: Path) -> None:
     assert not Page(text).all("script")
     for section in ("gallery", "samples", "conf", "run"):
         assert EVIL in Page(text).sections[section]  # as text, and not computed
+
+
+def test_bad_input_is_counted_by_kind_with_examples(run_dir: Path) -> None:
+    assert "No row or question" in _page(run_dir).sections["bad-input"]
+    rejects = [Reject(f"row-{i}", None, "bad_image", "truncated", "image") for i in range(70)]
+    rejects += [Reject("row-x", 2, "duplicate_options", "['red', 'Red']", "reward_model")] * 2
+    rejects += [Reject("d:7", None, "malformed_json")]
+    append_rejects(run_dir / "rejects.jsonl", Path("d.jsonl"), rejects)
+    with MetricsWriter(run_dir) as writer:
+        writer.write(61, {"messages_dropped": 12.0, "messages_refused": 3.0, "evicted_bad_row": 70.0})
+    shown = " ".join(_page(run_dir).sections["bad-input"].split())
+    assert "bad_image 70 image row-0: truncated row-1: truncated row-2: truncated" in shown
+    assert "row-3" not in shown
+    assert "duplicate_options 1 reward_model row-x, question 2: ['red', 'Red']" in shown
+    assert "malformed_json 1 d:7" in shown
+    for text in ("not be decoded 12", "strangers to the hub 3", "image could not be read 70"):
+        assert text in shown
+
+
+def test_bad_input_that_is_hostile_is_shown_as_text(run_dir: Path) -> None:
+    hostile = [
+        EVIL,
+        "\ud800",
+        "\0\x1b[31m",
+        "\u2028\x85",
+        "x" * 10**6,
+        "</td></table><img src=x onerror=y>",
+        "\u202e",
+    ]
+    rejects = [Reject(text, i, f"{i}{text}", text, text) for i, text in enumerate(hostile)]
+    append_rejects(run_dir / "rejects.jsonl", Path(EVIL), rejects)
+    with (run_dir / "rejects.jsonl").open("ab") as file:
+        for line in (
+            b"\xff\n",
+            b"[]\n",
+            b'{"reason": {"a": 1}, "row_id": [], "question": "<b>"}\n',
+            b'{"reason": "cut',
+        ):
+            file.write(line)
+    text = write_report(run_dir).read_text(encoding="utf-8")
+    page = Page(text)
+    assert not page.all("script")
+    assert "onerror" not in {name for _, attributes in page.tags for name in attributes}
+    shown = page.sections["bad-input"]
+    assert EVIL in shown
+    assert shown.count("question") >= len(hostile)
+    assert len(text) < 10**6
+
+
+def test_a_text_with_unicodes_line_breaks_is_one_line(run_dir: Path) -> None:
+    sample = {**_sample(1, ""), "row_id": "a\u2028b\x85c"}
+    (run_dir / "samples.jsonl").write_text(json.dumps(sample, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert "a b c" in _page(run_dir).sections["samples"]
+
+
+def test_a_damaged_conf_is_shown_as_it_is(run_dir: Path) -> None:
+    (run_dir / "conf.yaml").write_bytes(b"policy: [\xff\n")
+    assert "policy: [" in _page(run_dir).sections["conf"]
 
 
 @pytest.mark.parametrize(

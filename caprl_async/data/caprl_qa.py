@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,60 +10,90 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from caprl_async.data.questions import collect, from_mapping, literal
-from caprl_async.data.rows import BadRow, DataError, Reject, Row
+from caprl_async.data.rows import BadRow, DataError, Reject, Row, checked, id_of, place
 
 _NEEDED = ("id", "image", "reward_model")
 _OPTIONAL = ("prompt", "reference_caption", "facts")
 _BATCH = 256  # rows decoded at a time
 _SHOWN = 300  # characters of a path
+_NO_VALUE = (pa.ArrowException, ValueError, OverflowError)  # broken UTF-8, a date beyond Python's years
 
 
 def read(path: Path, abstain: str) -> Iterator[Row | Reject]:
     """Rows and rejects in the file's order.
 
     Raises:
-        DataError: no parquet file, or a column is missing.
+        DataError: no parquet file, a damaged one, or a column is missing.
     """
     try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
+        with pq.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            for name in _NEEDED:
+                if name not in columns:
+                    raise DataError(f"{path}: column {name!r} is missing; the file has {', '.join(columns)}")
+            wanted = [name for name in (*_NEEDED, *_OPTIONAL) if name in columns]
+            number = 0
+            for batch in file.iter_batches(batch_size=_BATCH, columns=wanted):
+                for record in _records(batch):
+                    number += 1
+                    yield from read_record(record, place(path, number), path.parent, abstain)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a readable parquet file: {error}") from error
-    with file:
-        columns = file.schema_arrow.names
-        for name in _NEEDED:
-            if name not in columns:
-                raise DataError(f"{path}: column {name!r} is missing; the file has {', '.join(columns)}")
-        wanted = [name for name in (*_NEEDED, *_OPTIONAL) if name in columns]
-        for batch in file.iter_batches(batch_size=_BATCH, columns=wanted):
-            for record in batch.to_pylist():
-                yield from read_record(record, path.parent, abstain)
 
 
-def read_record(record: Mapping[str, Any], folder: Path, abstain: str) -> Iterator[Row | Reject]:
-    """One record of the CapRL-QA form; relative image paths start at `folder`."""
-    row_id = str(record.get("id") or "")
+def _records(batch: pa.RecordBatch) -> Iterable[Mapping[str, Any]]:
+    """The rows of a batch; where a value is none for Python, the error stands in its place."""
     try:
-        if not row_id:
+        return batch.to_pylist()
+    except _NO_VALUE:
+        names = batch.schema.names
+        return [{name: _value(batch.column(name), row) for name in names} for row in range(len(batch))]
+
+
+def _value(column: pa.Array, row: int) -> Any:
+    try:
+        return column[row].as_py()
+    except _NO_VALUE as error:
+        return error
+
+
+def read_record(record: Mapping[str, Any], name: str, folder: Path, abstain: str) -> Iterator[Row | Reject]:
+    """One record of the CapRL-QA form; relative image paths start at `folder`.
+
+    `name` says where the record is, for a reject that has no id.
+    """
+    row_id, column = name, "id"
+    try:
+        found = id_of(_cell(record, column), "")
+        if not found:
             raise BadRow("missing_id")
-        image = image_source(record.get("image"), folder)
-        reward_model = record.get("reward_model")
+        row_id, column = found, "image"
+        image = image_source(_cell(record, column), folder)
+        column = "reward_model"
+        reward_model = _cell(record, column)
         truth = reward_model.get("ground_truth") if isinstance(reward_model, Mapping) else None
-        questions, rejects = collect(row_id, literal(truth), lambda i, q: from_mapping(i, q, abstain))
+        questions, rejects = collect(row_id, literal(truth), lambda i, q: from_mapping(i, q, abstain), column)
+        column = "prompt"
+        prompt = checked(prompt_text(_cell(record, column)))
+        column = "reference_caption"
+        reference_caption = _text_or_none(_cell(record, column))
+        column = "facts"
+        facts = _text_or_none(_cell(record, column))
     except BadRow as bad:
-        yield Reject(row_id, None, bad.reason, bad.detail)
+        yield Reject(row_id, None, bad.reason, bad.detail, column)
         return
     yield from rejects
     if not questions:
-        yield Reject(row_id, None, "no_questions", "none of its questions can be asked")
+        yield Reject(row_id, None, "no_questions", "none of its questions can be asked", "reward_model")
         return
-    yield Row(
-        row_id=row_id,
-        image=image,
-        prompt=prompt_text(record.get("prompt")),
-        questions=questions,
-        reference_caption=_text_or_none(record.get("reference_caption")),
-        facts=_text_or_none(record.get("facts")),
-    )
+    yield Row(row_id, image, prompt, questions, reference_caption, facts)
+
+
+def _cell(record: Mapping[str, Any], column: str) -> Any:
+    value = record.get(column)
+    if isinstance(value, Exception):
+        raise BadRow("unreadable", str(value))
+    return value
 
 
 def image_source(value: Any, folder: Path) -> bytes | Path:
@@ -101,4 +131,4 @@ def prompt_text(value: Any) -> str:
 
 
 def _text_or_none(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
+    return checked(value) if isinstance(value, str) else None

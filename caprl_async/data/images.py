@@ -1,4 +1,7 @@
-"""Images by content: each is written once, under its hash, where every node of the ring can read it."""
+"""Images by content: each is written once, under its hash, where every node of the ring can read it.
+
+What the store takes, `decode` can read, and so can all who caption it or train on it.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,26 @@ import hashlib
 import io
 import os
 import tempfile
+from functools import cache
 from pathlib import Path
+from typing import IO
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from caprl_async.types import ImageRef
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM")
+"""What is read. Of PIL's other formats one runs a program (EPS), and some change their size as they load."""
+
+MAX_BYTES = 1 << 29
+MAX_PIXELS = 89_478_485
+"""A quarter GiB as RGB: a file of a few bytes may claim any number of pixels."""
+
+MAX_ASPECT = 200
+"""Longer side over shorter: the processors of Qwen-VL models take no greater one."""
+
+_WIDE = ("I;16", "I;16L", "I;16B", "I;16N")  # PIL would make 255 of all that is brighter than 255 / 65535
 
 
 class BadImage(ValueError):
@@ -28,32 +46,70 @@ class ImageStore:
         """Keeps an encoded image (or the file at a path) and returns its reference; may be called twice.
 
         Raises:
-            BadImage: the file cannot be read, or PIL cannot decode it.
+            BadImage: the file cannot be read, or `decode` refuses it.
         """
         data = _read(image) if isinstance(image, Path) else image
         sha256 = hashlib.sha256(data).hexdigest()
         target = self.folder / sha256[:2] / sha256
         if not target.exists():
-            _check(data, str(image) if isinstance(image, Path) else f"image {sha256[:12]}")
+            decode(data, str(image) if isinstance(image, Path) else f"image {sha256[:12]}")
             _write(target, data)
         return ImageRef(sha256=sha256, path=str(target))
 
 
+def decode(data: bytes, name: str) -> Image.Image:
+    """The (first) picture of an encoded image, as RGB.
+
+    Raises:
+        BadImage: it is in none of FORMATS, damaged, or beyond MAX_PIXELS or MAX_ASPECT.
+    """
+    try:
+        with open_checked(io.BytesIO(data)) as image:
+            image.load()  # whole: a truncated file has a good header
+            if image.mode in _WIDE:
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            if image.mode in ("I", "F"):
+                raise BadImage(f"nobody knows which of its numbers are white (mode {image.mode})")
+            return image.convert("RGB")
+    except Exception as error:  # what a decoder raises at a broken file is anything
+        raise BadImage(f"{name}: {error or type(error).__name__}") from error
+
+
+def open_checked(source: str | Path | IO[bytes]) -> Image.Image:
+    """An image of which only the header is read, and found to be within the limits.
+
+    Raises:
+        BadImage: it is not, or is no image.
+        Exception: whatever PIL raises at a broken header.
+    """
+    try:
+        image = Image.open(source, formats=_known())
+    except UnidentifiedImageError as error:
+        raise BadImage(f"in none of the formats {', '.join(_known())}, or without a whole header") from error
+    longer, shorter = max(image.size), min(image.size)
+    if longer * shorter <= MAX_PIXELS and longer <= MAX_ASPECT * shorter:
+        return image
+    image.close()
+    raise BadImage(
+        f"{image.width} x {image.height} px; at most {MAX_PIXELS} pixels are read, and no side that is more "
+        f"than {MAX_ASPECT} times the other"
+    )
+
+
+@cache
+def _known() -> tuple[str, ...]:
+    """FORMATS, without those that this Pillow was built without."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def _read(path: Path) -> bytes:
     try:
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise BadImage(f"{path}: {size} bytes; at most {MAX_BYTES} are read")
         return path.read_bytes()
     except OSError as error:
         raise BadImage(f"{path}: {error.strerror or error}") from error
-
-
-def _check(data: bytes, name: str) -> None:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()  # a full decode: `verify` passes truncated files
-    except UnidentifiedImageError as error:
-        raise BadImage(f"{name}: not in a format that PIL knows") from error
-    except Exception as error:  # what a decoder raises at a broken file is anything
-        raise BadImage(f"{name}: {error or type(error).__name__}") from error
 
 
 def _write(target: Path, data: bytes) -> None:

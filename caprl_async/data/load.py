@@ -8,6 +8,8 @@ from pathlib import Path
 from caprl_async.data import caprl_qa, jsonl, openrlhf, verl
 from caprl_async.data.rows import DataError, Dataset, Reject, Row
 
+_SHOWN = 100  # characters of a column's name
+
 Reader = Callable[[Path, str], Iterator[Row | Reject]]
 
 
@@ -28,7 +30,7 @@ def load_rows(path: str | Path, abstain: str) -> Dataset:
             if isinstance(item, Reject):
                 rejects.append(item)
             elif item.row_id in rows:
-                rejects.append(Reject(item.row_id, None, "duplicate_id"))
+                rejects.append(Reject(item.row_id, None, "duplicate_id", column="id"))
             else:
                 rows[item.row_id] = item
     dataset = Dataset(path, tuple(rows.values()), tuple(rejects))
@@ -54,6 +56,7 @@ def _reader(path: Path) -> Reader:
         return caprl_qa.read
     if path.suffix != ".jsonl":
         raise DataError(f"{path}: suffix {path.suffix!r} is not known; use .parquet or .jsonl")
+    found: list[str] = []
     for _, record in jsonl.lines(path):
         if isinstance(record, Reject):
             continue
@@ -61,8 +64,10 @@ def _reader(path: Path) -> Reader:
             return openrlhf.read
         if "reward_model" in record:
             return verl.read
-        raise DataError(
-            f"{path}: neither column 'message' (OpenRLHF) nor column 'reward_model' (verl); "
-            f"the first line has {', '.join(record)}"
-        )
-    raise DataError(f"{path}: no line holds a JSON object")
+        found = found or [name[:_SHOWN] for name in record]
+    if not found:
+        raise DataError(f"{path}: no line holds a JSON object with columns")
+    raise DataError(
+        f"{path}: neither column 'message' (OpenRLHF) nor column 'reward_model' (verl); "
+        f"the first line has {', '.join(found)}"
+    )

@@ -7,11 +7,11 @@ the same grids and pixel values. Importing this module loads neither transformer
 from __future__ import annotations
 
 import hashlib
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from caprl_async.data.images import BadImage, decode, open_checked
 from caprl_async.types import ImageRef
 
 if TYPE_CHECKING:
@@ -43,8 +43,6 @@ def read_image(image: ImageRef) -> Image.Image:
     Raises:
         UnreadableImage: missing, damaged, or changed since its hash was taken.
     """
-    from PIL import Image
-
     try:
         encoded = Path(image.path).read_bytes()
     except OSError as error:
@@ -55,9 +53,9 @@ def read_image(image: ImageRef) -> Image.Image:
             f"image {image.path} has sha256 {found}, expected {image.sha256}: write it again"
         )
     try:
-        return Image.open(io.BytesIO(encoded)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UnreadableImage(f"{image.path} is not a readable image: {error}") from error
+        return decode(encoded, image.path)
+    except BadImage as error:
+        raise UnreadableImage(f"not a readable image: {error}") from error
 
 
 def read_size(image: ImageRef) -> tuple[int, int]:
@@ -66,12 +64,10 @@ def read_size(image: ImageRef) -> tuple[int, int]:
     Raises:
         UnreadableImage: the file is missing or is not an image.
     """
-    from PIL import Image
-
     try:
-        with Image.open(image.path) as opened:
+        with open_checked(image.path) as opened:
             return opened.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # what PIL raises at a broken header is anything
         raise UnreadableImage(f"cannot read image {image.path}: {error}") from error
 
 

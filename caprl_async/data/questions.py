@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from caprl_async.data.rows import BadQuestion, BadRow, Reject
+from caprl_async.data.rows import BadQuestion, BadRow, Reject, checked, shown
 from caprl_async.types import Question, QuestionKind
 
 MAX_CHOICES = 25
@@ -36,18 +36,19 @@ def build_question(
     Raises:
         BadQuestion: it cannot be asked.
     """
-    if not isinstance(stem, str) or not _visible(stem):
+    if not isinstance(stem, str) or not _visible(checked(stem)):
         raise BadQuestion("empty_question")
-    if not isinstance(choices, Sequence) or isinstance(choices, str) or not choices:
+    if not isinstance(choices, Sequence) or isinstance(choices, str | bytes) or not choices:
         raise BadQuestion("no_choices")
     if not all(isinstance(choice, str) for choice in choices):
-        raise BadQuestion("malformed_choice", repr(choices)[:200])
+        raise BadQuestion("malformed_choice", shown(choices))
+    checked("".join(choices))
     letters, texts = strip_letters(choices)
     if not all(map(_visible, texts)):
-        raise BadQuestion("empty_choice", repr(choices)[:200])
+        raise BadQuestion("empty_choice", shown(choices))
     same = [_same(text) for text in texts]
     if len(set(same)) < len(same):
-        raise BadQuestion("duplicate_options", repr(texts)[:200])
+        raise BadQuestion("duplicate_options", shown(texts))
     absent = [text == _same(abstain) for text in same]
     unlisted = not any(absent) and isinstance(answer, str) and _says(answer, abstain)
     gold = None if unlisted else _gold(answer, letters, same)
@@ -72,7 +73,9 @@ def _weight(value: Any) -> float:
         return 1.0
     low, high = _WEIGHTS
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise BadQuestion("bad_weight", f"weight {str(value)[:40]} must be a number from {low:g} to {high:g}")
+        raise BadQuestion(
+            "bad_weight", f"weight {shown(value)[:40]} must be a number from {low:g} to {high:g}"
+        )
     return float(value)
 
 
@@ -102,7 +105,7 @@ def strip_letters(choices: Sequence[str]) -> tuple[str, list[str]]:
         for match, letter in zip(matches, _LETTERS, strict=False)
     )
     if own > 1:
-        raise BadQuestion("malformed_letters", repr(choices)[:200])
+        raise BadQuestion("malformed_letters", shown(choices))
     return _LETTERS[: len(choices)], [choice.strip() for choice in choices]
 
 
@@ -125,14 +128,14 @@ def split_options(text: str) -> tuple[str, list[str]]:
 
 
 def collect(
-    row_id: str, entries: Any, build: Callable[[str, Any], Question]
+    row_id: str, entries: Any, build: Callable[[str, Any], Question], column: str
 ) -> tuple[tuple[Question, ...], list[Reject]]:
     """Builds every entry of a row's list; a bad one costs only itself.
 
     Raises:
         BadRow: there is no list or it is empty.
     """
-    if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
+    if not isinstance(entries, Sequence) or isinstance(entries, str | bytes) or not entries:
         raise BadRow("no_questions", "the list of questions is missing or empty")
     questions: list[Question] = []
     rejects: list[Reject] = []
@@ -140,7 +143,7 @@ def collect(
         try:
             questions.append(build(f"{row_id}/{position}", entry))
         except BadQuestion as bad:
-            rejects.append(Reject(row_id, position, bad.reason, bad.detail))
+            rejects.append(Reject(row_id, position, bad.reason, bad.detail, column))
     return tuple(questions), rejects
 
 
@@ -167,7 +170,7 @@ def from_pair(question_id: str, entry: Any, abstain: str) -> Question:
     """
     if not isinstance(entry, tuple | list) or len(entry) != 2 or not isinstance(entry[0], str):
         raise BadQuestion("malformed_question", "expected a pair of question and answer")
-    stem, options = split_options(entry[0])
+    stem, options = split_options(checked(entry[0]))
     return build_question(question_id, stem, options, entry[1], abstain)
 
 
@@ -181,6 +184,8 @@ def literal(text: Any) -> Any:
         return text
     try:
         return json.loads(text)
+    except RecursionError as error:
+        raise BadRow("malformed_answers", f"nested too deeply: {error}") from error
     except ValueError:
         return _python_literal(text)
 
@@ -206,7 +211,7 @@ def _same(text: str) -> str:
 
 def _gold(answer: Any, letters: str, same: list[str]) -> int:
     if not isinstance(answer, str) or not answer.strip():
-        raise BadQuestion("gold_not_an_option", f"answer {answer!r}")
+        raise BadQuestion("gold_not_an_option", f"answer {shown(answer)}")
     stripped = answer.strip()
     if _same(stripped) in same and stripped not in set(letters):
         return same.index(_same(stripped))

@@ -6,22 +6,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from caprl_async.data import caprl_qa, jsonl
-from caprl_async.data.rows import Reject, Row
+from caprl_async.data.rows import BadRow, Reject, Row, id_of, place
 
 
 def read(path: Path, abstain: str) -> Iterator[Row | Reject]:
     """Rows and rejects in the file's order.
 
     Raises:
-        DataError: the file cannot be read as text.
+        DataError: the file cannot be read.
     """
     for number, record in jsonl.lines(path):
         if isinstance(record, Reject):
             yield record
             continue
-        row_id = jsonl.row_id(record, path, number)
+        try:
+            row_id = id_of(record.get("id"), place(path, number))
+        except BadRow as bad:
+            yield Reject(place(path, number), None, bad.reason, bad.detail, "id")
+            continue
         image = record.get("image") or record.get("images")
         if image is None and record.get("videos"):
-            yield Reject(row_id, None, "video", "only images can be captioned")
+            yield Reject(row_id, None, "video", "only images can be captioned", "videos")
             continue
-        yield from caprl_qa.read_record({**record, "id": row_id, "image": image}, path.parent, abstain)
+        yield from caprl_qa.read_record(
+            {**record, "id": row_id, "image": image}, row_id, path.parent, abstain
+        )

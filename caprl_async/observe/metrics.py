@@ -86,7 +86,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split(
+        "\n"
+    ):  # not at Unicode's line breaks
         try:
             value = json.loads(line)
         except ValueError:

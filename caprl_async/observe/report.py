@@ -22,7 +22,7 @@ import yaml
 from markupsafe import Markup
 from PIL import Image
 
-from caprl_async.observe import table
+from caprl_async.observe import bad_input, table
 from caprl_async.observe.alarms import read_alarms
 from caprl_async.observe.charts import HACKING_CHARTS, Drawn, draw_all
 from caprl_async.observe.metrics import read_lines, read_metrics
@@ -44,7 +44,7 @@ def write_report(run_dir: Path | str) -> Path:
     folder = Path(run_dir)
     path = folder / REPORT
     partial = path.with_suffix(".partial")
-    partial.write_text(render(folder), encoding="utf-8")
+    partial.write_text(render(folder), encoding="utf-8", errors="replace")  # JSON may hold what is no Unicode
     partial.replace(path)
     return path
 
@@ -71,6 +71,8 @@ def render(folder: Path) -> str:
         hacking_charts=_marked(draw_all(rows, HACKING_CHARTS)),
         monitors=monitor_rows(rows, bands if isinstance(bands, dict) else {}),
         alarms=read_alarms(folder)[-_ALARMS:],
+        rejects=bad_input.kinds(folder),
+        counts=bad_input.counts(rows),
         gallery=gallery(folder, int(_at(conf, "observe", "gallery_images", 12))),
         samples=training_samples(folder),
         conf=conf_text,
@@ -260,7 +262,7 @@ def _or_lowest(value: float | None) -> float:
 
 
 def _read_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -272,7 +274,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _mapping(text: str) -> dict[str, Any]:
-    value = yaml.safe_load(text) if text else {}
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return {}  # as of half a result.json; the page shows the text as it is
     return value if isinstance(value, dict) else {}
 
 

@@ -94,7 +94,7 @@ class EvalRun:
                 self._caption(item, row.reference_caption, None, None)
         elif item.prepared.image is None:
             item.failed = item.prepared.error
-            self._on_error(row.row_id, item.prepared.error)
+            self._on_error(f"row/{row.row_id}", item.prepared.error)
         else:
             self._to_caption.append((0.0, item))
 
@@ -126,7 +126,7 @@ class EvalRun:
             except Exception as error:  # the user's program: one caption costs the others nothing
                 self._program_faults += 1
                 self._program_fault = f"evaluate.program: {type(error).__name__}: {error}"
-                self._on_error(item.prepared.row.row_id, self._program_fault)
+                self._on_error(f"program/{item.prepared.row.row_id}", self._program_fault)
         self._to_judge.extend((0.0, item, judge) for judge in self._questions if self._asked(item, judge))
 
     # ------------------------------------------------------------ work (WorkOwner)

@@ -111,7 +111,7 @@ class TrainFlow:
             life = self.new_life(prepared, 0)
             self.admitted(life)
             if prepared.image is None:
-                self._on_error(f"row {prepared.row.row_id}", prepared.error)
+                self._on_error(f"row/{prepared.row.row_id}", prepared.error)
                 self.evict(life, Evicted.BAD_ROW)
             elif not life.questions:
                 self.evict(life, Evicted.NOT_ASKED)

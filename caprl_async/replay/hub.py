@@ -31,10 +31,11 @@ from caprl_async.replay.samples import append_samples, record_batch
 from caprl_async.replay.saved import Saved, read_saved, recover, restore, save, write_note
 from caprl_async.replay.status import Rates, status
 from caprl_async.replay.transport import HubAddress, HubKeys, HubSocket, encode
-from caprl_async.types import BatchReply, BatchRequest, PeerMessage, Version
+from caprl_async.types import BatchReply, BatchRequest, PeerMessage, Role, Version
 
 _TICK_S = 0.02  # commits, acknowledgements, time-outs
 _PROBE = "probe"
+_SHOWN = 1000  # characters of an error, which may come from a peer
 
 
 class HubAsleep(RuntimeError):
@@ -184,7 +185,10 @@ class ReplayQueue:
         if not isinstance(message, BatchRequest):
             self._dispatch.take(identity, message, now)
             return
-        self._dispatch.leases.heard(identity, now)
+        peer = self._dispatch.leases.heard(identity, now)
+        if peer is None or peer.hello.role is not Role.LEARNER:
+            self._dispatch.unexpected += 1  # its next Hello is under way, or it has lost its way
+            return
         try:
             self._flow.advance(message.version)
         except LedgerError as error:
@@ -272,7 +276,7 @@ class ReplayQueue:
         self._examiner.probe(self._guard)
 
     def _on_error(self, source: str, text: str) -> None:
-        self._errors.append({"time": time.time(), "source": source, "error": text})
+        self._errors.append({"time": time.time(), "source": source, "error": text[:_SHOWN]})
         self._error_counts[source.partition("/")[0]] += 1
 
     # ------------------------------------------------------------ training
@@ -317,9 +321,8 @@ class ReplayQueue:
         """What happens now, in plain values; `metrics` are flat numbers for a chart."""
         self._check()
         return {
-            **status(self._flow, self._dispatch, self._ledger, self._rates),
+            **status(self._flow, self._dispatch, self._ledger, self._rates, self._socket),
             "evaluations": {run.spec.name: run.waiting for run in self._examiner.runs},
-            "messages": {"dropped": self._socket.dropped, "refused": self._socket.refused},
             "errors": list(self._errors),
             "error_counts": dict(self._error_counts),
             "rejects": self._train.reject_counts,

@@ -29,7 +29,9 @@ class PeerState:
     free: int = 0  # as it last said
     version: Version | None = None
     held: set[int] = field(default_factory=set)
-    beats: deque[tuple[float, float, int, int]] = field(default_factory=deque)  # alive, busy, tokens, cached
+    beats: deque[tuple[float, float, int, int]] = field(  # alive, busy, tokens, cached
+        default_factory=lambda: deque(maxlen=256)  # also of a peer whose clock stands still
+    )
 
     @property
     def available(self) -> int:

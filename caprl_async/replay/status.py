@@ -10,6 +10,7 @@ from caprl_async.replay.dispatch import Dispatch
 from caprl_async.replay.flow import TrainFlow
 from caprl_async.replay.ledger import Ledger
 from caprl_async.replay.metrics import mean_of_histogram
+from caprl_async.replay.transport import HubSocket
 
 _WINDOW_S = 20.0
 
@@ -36,7 +37,9 @@ class Rates:
         return max(0, captions - before) / (now - start)
 
 
-def status(flow: TrainFlow, dispatch: Dispatch, ledger: Ledger, rates: Rates) -> dict[str, Any]:
+def status(
+    flow: TrainFlow, dispatch: Dispatch, ledger: Ledger, rates: Rates, socket: HubSocket
+) -> dict[str, Any]:
     """Counts of prompts by state, queue depths, peers, staleness so far; `metrics` holds the flat numbers."""
     depths = {**flow.depths(), **dispatch.leases.held_by_kind()}
     rate = rates.captions_per_s(time.time(), flow.captions_sampled)
@@ -57,6 +60,7 @@ def status(flow: TrainFlow, dispatch: Dispatch, ledger: Ledger, rates: Rates) ->
         "judges_down": {
             serves: breaker.reason for serves, breaker in dispatch.breakers.items() if breaker.is_open
         },
+        "messages": {"dropped": socket.dropped, "refused": socket.refused},
         "unexpected": dispatch.unexpected,
         "peers": {
             peer.hello.name: {
@@ -74,6 +78,9 @@ def status(flow: TrainFlow, dispatch: Dispatch, ledger: Ledger, rates: Rates) ->
             "queue_depth": float(depths["ready"]),
             **{f"queue_{name}": float(depth) for name, depth in depths.items()},
             **{f"idle_{name}": 1.0 - share for name, share in busy.items()},
+            "messages_dropped": float(socket.dropped),
+            "messages_refused": float(socket.refused),
+            "messages_unexpected": float(dispatch.unexpected),
             "judge_outages": float(sum(breaker.outages for breaker in dispatch.breakers.values())),
             **{f"evicted_{name}": float(count) for name, count in flow.evicted.items()},
             **{f"retried_{name}": float(count) for name, count in flow.retried.items()},

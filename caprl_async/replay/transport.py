@@ -2,11 +2,12 @@
 
 The hub binds one ROUTER socket, every peer connects one DEALER. CURVE is always on: the hub makes both key
 pairs, and who holds the `HubAddress` (handed out over Ray only) may connect. Messages are msgpack of the
-tagged unions in `types`; what does not decode is counted and dropped.
+tagged unions in `types`; what does not decode is counted and dropped, and so are strangers.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import socket
 from typing import Any
@@ -22,6 +23,9 @@ _ENCODER = msgspec.msgpack.Encoder()
 _PEER = msgspec.msgpack.Decoder(PeerMessage)
 _HUB = msgspec.msgpack.Decoder(HubMessage)
 _LOOPBACK = "127.0.0.1"
+_MAX_MESSAGE = 1 << 28  # bytes to the hub; whoever sends more is disconnected
+_REFUSALS = "inproc://refusals"
+_REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 
 
 class HubKeys(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,11 +90,12 @@ class HubSocket:
 
     def __init__(self) -> None:
         self.dropped = 0  # messages that could not be decoded
-        self.refused = 0  # connections with a wrong key
+        self.refused = 0  # connections of strangers: with a wrong key, or without any
         self._context = zmq.asyncio.Context()
         self._keys: HubKeys | None = None
         self._authenticator: AsyncioAuthenticator | None = None
         self._socket: zmq.asyncio.Socket | None = None
+        self._counting: asyncio.Task[None] | None = None
 
     def start(self, host: str, keys: HubKeys, port: int = 0) -> HubAddress:
         """Binds `port` of `host` ("auto": this node's address); if it is 0 or taken, a free one."""
@@ -105,6 +110,9 @@ class HubSocket:
         self._socket.router_handover = True  # a peer that reconnects keeps its name
         self._socket.linger = 0
         self._socket.sndhwm = self._socket.rcvhwm = 0  # bounded by credit, and ROUTER would drop silently
+        self._socket.maxmsgsize = _MAX_MESSAGE
+        self._socket.monitor(_REFUSALS, _REFUSED)
+        self._counting = asyncio.create_task(self._count_refused())
         host = _node_address() if host == "auto" else host
         return HubAddress(
             endpoint=f"tcp://{host}:{self._bind(host, port)}",
@@ -126,9 +134,14 @@ class HubSocket:
 
     def callback(self, domain: str, key: bytes) -> bool:
         """Asked by the authenticator for every connection: `key` is the client's public key (z85)."""
-        allowed = self._keys is not None and key == self._keys.client_key
-        self.refused += not allowed
-        return allowed
+        return self._keys is not None and key == self._keys.client_key
+
+    async def _count_refused(self) -> None:
+        with self._context.socket(zmq.PAIR) as events:
+            events.connect(_REFUSALS)
+            while True:
+                await events.recv_multipart()
+                self.refused += 1
 
     async def receive(self) -> tuple[bytes, PeerMessage]:
         """The next good message and who sent it."""
@@ -147,6 +160,9 @@ class HubSocket:
 
     def close(self) -> None:
         """Closes everything; may be called twice."""
+        if self._counting is not None:
+            self._counting.cancel()
+            self._counting = None
         if self._authenticator is not None:
             self._authenticator.stop()
             self._authenticator = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
@@ -70,19 +72,32 @@ class WorkOwner(Protocol):
         """The peer failed or answered nonsense; `lost`: it died, fell silent or took too long."""
 
 
+_MAX_ID = _MAX_DRAWS = 2**31  # beyond are neither tokens nor counts
+
+
 def wrong_group(prompt: Prompt, group: CaptionGroup) -> str | None:
-    """What in an answer does not fit its prompt; None if all is well. Text and numbers are not judged."""
+    """What in an answer does not fit its prompt, or is no number to train on; None if all is well."""
     if (group.key, group.attempt) != (prompt.key, prompt.attempt):
         return f"captions of {group.key}, attempt {group.attempt}, for {prompt.key}, attempt {prompt.attempt}"
     if group.image_sha256 != prompt.image.sha256:
         return f"captions of image {group.image_sha256[:12]} for image {prompt.image.sha256[:12]}"
     if len(group.captions) != prompt.sampling.n:
         return f"{len(group.captions)} captions, asked for {prompt.sampling.n}"
+    if not group.prompt_token_ids or not _are_tokens(group.prompt_token_ids):
+        return "what the engine saw as the prompt are no tokens"
+    if len(group.image_grid) != 1 or not all(0 < side < _MAX_ID for side in group.image_grid[0]):
+        return f"an image grid of {group.image_grid[:2]} patches"
+    if not (math.isfinite(group.started) and math.isfinite(group.finished)):
+        return f"captioned from {group.started} to {group.finished}"
     for caption in group.captions:
         length = len(caption.token_ids)
         unneeded = prompt.purpose is Purpose.EVAL and not caption.logprobs
         if not length or (len(caption.logprobs) != length and not unneeded):
             return f"a caption has {length} tokens and {len(caption.logprobs)} log-probabilities"
+        if length > prompt.sampling.max_tokens or not _are_tokens(caption.token_ids):
+            return f"a caption of {length} tokens, of which one is none, or more than asked for"
+        if not all(map(math.isfinite, caption.logprobs)) or max(caption.logprobs, default=0.0) > 0:
+            return "a token has no finite log-probability of 0 or less"
         edges = [0, *(span.end for span in caption.spans)]
         if (
             [span.start for span in caption.spans] != edges[:-1]
@@ -91,6 +106,10 @@ def wrong_group(prompt: Prompt, group: CaptionGroup) -> str | None:
         ):
             return f"version spans do not cover the {length} tokens of a caption"
     return None
+
+
+def _are_tokens(ids: Sequence[int]) -> bool:
+    return min(ids) >= 0 and max(ids) < _MAX_ID
 
 
 def wrong_verdicts(work: JudgeWork, verdicts: Verdicts) -> str | None:
@@ -102,10 +121,18 @@ def wrong_verdicts(work: JudgeWork, verdicts: Verdicts) -> str | None:
         if [verdict.question_id for verdict in row] != asked:
             return "verdicts are not on the questions that were asked, in their order"
         for verdict in row:
-            known = verdict.score is not None and 0.0 <= verdict.score <= 1.0 + 1e-6
-            if verdict.outcome is Outcome.SCORED and not known:
-                return f"a scored verdict with score {verdict.score}"
+            scored = verdict.outcome is Outcome.SCORED
+            if scored != (verdict.score is not None) or not _is_share(verdict.score):
+                return f"a verdict that is {verdict.outcome.value}, with score {verdict.score}"
+            if not _is_share(verdict.abstained) or not _is_share(verdict.off_options):
+                return f"a verdict with abstained {verdict.abstained} and off_options {verdict.off_options}"
+            if not scored <= verdict.draws < _MAX_DRAWS:
+                return f"a verdict of {verdict.draws} draws"
     return None
+
+
+def _is_share(value: float | None) -> bool:
+    return value is None or 0.0 <= value <= 1.0 + 1e-6
 
 
 OUTAGE_ATTEMPTS = 4
