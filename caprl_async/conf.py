@@ -55,7 +55,7 @@ RESOLVED = "conf.yaml"
 
 _PACKAGE = Path(__file__).resolve().parent
 _WRITTEN = ("run_dir", "data.image_dir")  # paths that the run makes; all other paths must exist
-_READ = tuple(conf_files.INPUT_FILES) + tuple(conf_files.INPUT_MODELS)
+_READ = ("run", *conf_files.INPUT_FILES, *conf_files.INPUT_MODELS)
 _SHOWN = 200  # characters of a wrong key or value
 _UNREADABLE = (OSError, ValueError, LookupError, RecursionError, yaml.YAMLError, OmegaConfBaseException)
 """What yaml and OmegaConf raise at broken input; ValueError: no UTF-8, or a number of thousands of digits;

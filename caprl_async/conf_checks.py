@@ -16,8 +16,8 @@ from caprl_async.judge.chat import clashes as endpoint_clashes
 from caprl_async.judge.chat import patience_s
 from caprl_async.judge.prompt import ALWAYS, WITH_LETTERS, PromptError, check_placeholders
 
-JOBS = ("train",)
-"""Modules of caprl_async.jobs with a `run(config)`."""
+JOBS = {"train": conf_files.problems, "inspect": conf_files.run_problems, "replay": conf_files.run_problems}
+"""Modules of caprl_async.jobs with a `run(config)`, and what looks at the files that each needs."""
 
 LEARNER_DTYPES = ("float32", "bfloat16")
 ENGINE_DTYPES = ("float32", "bfloat16", "float16")
@@ -41,7 +41,10 @@ def check(config: Config) -> None:
     Raises:
         ConfError: names everything that is wrong; files are looked at only when the values are right.
     """
-    for checks in ((_ranges, _choices), (_combinations,), (conf_files.problems,)):
+    if config.job not in JOBS:
+        raise ConfError(f"job={config.job} is none of {' | '.join(JOBS)}")
+    settings = ((_ranges, _choices), (_combinations,)) if config.job == "train" else ((_ranges,),)
+    for checks in (*settings, (JOBS[config.job],)):
         problems = [problem for find in checks for problem in find(config)]
         if problems:
             raise ConfError.of(problems)
@@ -97,6 +100,7 @@ _ENGINE_BOUNDS: dict[str, _Bound] = {
 }
 _BOUNDS: dict[str, _Bound] = {
     "steps": _AT_LEAST_1,
+    "begin": _NOT_NEGATIVE,
     "seed": ("in [0, 2^31)", lambda v: 0 <= v < 2**31),
     "data.questions_per_image": _NOT_NEGATIVE,
     "policy.min_pixels": _AT_LEAST_1,
@@ -200,7 +204,6 @@ def _ranges(config: Config) -> Iterator[str]:
 
 def _choices(config: Config) -> Iterator[str]:
     for key, allowed in (
-        ("job", JOBS),
         ("learner.dtype", LEARNER_DTYPES),
         ("learner.device", ("cpu", "cuda")),
         ("rollout.engine.dtype", ENGINE_DTYPES),

@@ -29,12 +29,28 @@ LEDGER = "ledger.sqlite"
 """The file of a run folder that holds every prompt's life, from the moment at which the queue is up."""
 
 
+RECORDED = ("conf.yaml", "ledger.sqlite")
+"""What every run folder holds."""
+
+
 def problems(config: Config) -> Iterator[str]:
-    """A sentence for each file that is missing or wrong."""
+    """A sentence for each file that is missing or wrong, of those that training needs."""
     yield from _files(config)
     yield from _models(config)
     yield from _program(config)
     yield from _resume(config)
+
+
+def run_problems(config: Config) -> Iterator[str]:
+    """The same for jobs that read what a run has left."""
+    folder = Path(config.run)
+    if not config.run:
+        yield f"run is empty: job={config.job} needs the folder of a run, as run=runs/demo"
+    elif not folder.is_dir():
+        near = sorted({path.parent.name for path in folder.parent.glob(f"*/{RECORDED[-1]}")})
+        yield f"run={folder} is no folder" + (f"; {folder.parent} has {', '.join(near)}" if near else "")
+    elif missing := [name for name in RECORDED if not (folder / name).is_file()]:
+        yield f"run={folder} is no run's folder: it holds no {' and no '.join(missing)}"
 
 
 def _files(config: Config) -> Iterator[str]:

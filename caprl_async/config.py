@@ -166,9 +166,7 @@ class ReplayConfig:
     judge_outage_s: float = key(900.0, "judges that have not answered for so long end the run")
     min_reward_spread: float = key(1e-6, "groups whose rewards differ by less are filtered")
     ledger_mb: int = key(2048, "size of ledger.sqlite beyond which old prompts are kept as totals only")
-    max_evicted_batches: float = key(
-        30.0, "batches' worth of groups one batch may cost; beyond, the run ends"
-    )
+    max_evicted_batches: float = key(30.0, "batches' worth of groups one batch may cost; then the run ends")
 
 
 @dataclass
@@ -368,9 +366,7 @@ class ObserveConfig:
 
     samples_per_step: int = key(2, "caption groups written to samples.jsonl at each step")
     gallery_images: int = key(12, "held-out images shown before and after in report.html")
-    record_batches: bool = key(
-        False, "keep every batch as the learner got it, in batches/, to train on again"
-    )
+    record_batches: bool = key(False, "keep every batch in batches/, as the learner got it, for job=replay")
     bands: BandsConfig = field(default_factory=BandsConfig)
     log_level: str = key("WARNING", "of the libraries; our own messages are always shown")
 
@@ -379,11 +375,14 @@ class ObserveConfig:
 class Config:
     """A whole conf. `base` (a path, relative to the conf) names a conf that this one extends."""
 
-    job: str = key("train", "what to do: train")
+    job: str = key("train", "what to do: train | inspect (shows what a run recorded) | replay (trains on it)")
     run_dir: str = key("runs/run", "everything the job writes is in here")
     resume: bool = key(False, "go on with the run that run_dir holds")
     seed: int = key(0, "of everything that draws")
-    steps: int = key(1000, "learner batches")
+    steps: int = key(1000, "learner batches; replay: at most up to this one")
+    run: str = key("", "inspect, replay: the folder of the run that is looked at")
+    sample: str = key("", "inspect: train/17, or an attempt of it, train/17@0, or a caption, train/17@0#3")
+    begin: int = key(0, "replay: step of the kept checkpoint to begin at; 0: the policy's start")
     data: DataConfig = field(default_factory=DataConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

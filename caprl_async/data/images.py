@@ -16,6 +16,7 @@ from typing import IO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from caprl_async.config import Config
 from caprl_async.types import ImageRef
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM")
@@ -50,11 +51,21 @@ class ImageStore:
         """
         data = _read(image) if isinstance(image, Path) else image
         sha256 = hashlib.sha256(data).hexdigest()
-        target = self.folder / sha256[:2] / sha256
+        target = stored_path(self.folder, sha256)
         if not target.exists():
             decode(data, str(image) if isinstance(image, Path) else f"image {sha256[:12]}")
             _write(target, data)
         return ImageRef(sha256=sha256, path=str(target))
+
+
+def image_folder(config: Config, run_dir: Path) -> Path:
+    """The store of a run, whose folder may have been moved since."""
+    return Path(config.data.image_dir or run_dir / "images")
+
+
+def stored_path(folder: Path, sha256: str) -> Path:
+    """Where a store in this folder has, or would have, an image."""
+    return folder / sha256[:2] / sha256
 
 
 def decode(data: bytes, name: str) -> Image.Image:

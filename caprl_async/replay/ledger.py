@@ -278,7 +278,7 @@ class Ledger:
 
     def rows(self) -> Iterator[EventRow]:
         """Every row, in order."""
-        return _decoded(self._db)
+        return event_rows(self._db)
 
     # ------------------------------------------------------------ inside
 
@@ -324,7 +324,7 @@ def read_rows(path: Path) -> list[EventRow]:
         FileNotFoundError: there is none.
     """
     with closing(open_ledger(path)) as connection:
-        return list(_decoded(connection))
+        return list(event_rows(connection))
 
 
 def audit_file(path: Path, max_staleness: int) -> dict[str, Any]:
@@ -334,9 +334,7 @@ def audit_file(path: Path, max_staleness: int) -> dict[str, Any]:
         FileNotFoundError: there is none.
     """
     with closing(open_ledger(path)) as connection:
-        folded = connection.execute("select value from notes where name = ?", (_FOLDED,)).fetchone()
-        totals = Totals(**json.loads(folded[0])) if folded else None
-        return audit_rows(list(_decoded(connection)), max_staleness, totals)
+        return audit_rows(list(event_rows(connection)), max_staleness, folded_totals(connection))
 
 
 def open_ledger(path: Path) -> sqlite3.Connection:
@@ -350,9 +348,19 @@ def open_ledger(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=_BUSY_S)
 
 
-def _decoded(connection: sqlite3.Connection) -> Iterator[EventRow]:
-    query = "select seq, key, prompt_index, attempt, event, version, detail, time from events order by seq"
+def event_rows(connection: sqlite3.Connection, condition: str = "true", *values: Any) -> Iterator[EventRow]:
+    """The rows that meet an SQL condition with these values for its question marks, in order."""
+    query = (
+        "select seq, key, prompt_index, attempt, event, version, detail, time from events "
+        f"where {condition} order by seq"
+    )
     return (
         EventRow(seq, key, index, attempt, Event(event), Version.parse(version), json.loads(detail), at)
-        for seq, key, index, attempt, event, version, detail, at in connection.execute(query)
+        for seq, key, index, attempt, event, version, detail, at in connection.execute(query, values)
     )
+
+
+def folded_totals(connection: sqlite3.Connection) -> Totals:
+    """What is known of prompts whose rows are no longer kept."""
+    folded = connection.execute("select value from notes where name = ?", (_FOLDED,)).fetchone()
+    return Totals(**json.loads(folded[0])) if folded else Totals()

@@ -9,14 +9,18 @@ from typing import Any
 from caprl_async.replay.lives import Cut
 from caprl_async.replay.transport import decode_hub
 from caprl_async.reward.reward import TERMS
-from caprl_async.types import BatchReply, Question, ScoredGroup, TrainBatch
+from caprl_async.types import BatchReply, Question, ScoredGroup, TrainBatch, Version
+
+
+def batch_path(folder: Path, version: Version) -> Path:
+    """The file of the batch that was cut at a version; names sort by version."""
+    return folder / f"{version.epoch:03d}-{version.step:06d}.msgpack"
 
 
 def record_batch(folder: Path, cut: Cut) -> None:
-    """Keeps a batch as the learner gets it, in `folder/<epoch>-<step>.msgpack`; names sort by version."""
+    """Keeps a batch as the learner gets it, at `batch_path`."""
     folder.mkdir(parents=True, exist_ok=True)
-    version = cut.batch.version
-    path = folder / f"{version.epoch:03d}-{version.step:06d}.msgpack"
+    path = batch_path(folder, cut.batch.version)
     partial = path.with_suffix(".partial")
     partial.write_bytes(cut.reply)
     partial.replace(path)
