@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import setproctitle
-
 _lock = threading.Lock()
 _name = ""
+_set_title: Callable[[str], None] | None = None  # Ray's
 _doing: dict[str, int] = {}  # in order of their beginning; how often each is going on
 
 
@@ -28,9 +27,15 @@ def whereabouts() -> dict[str, Any]:
 
 def call_me(name: str) -> None:
     """Names this process after its actor."""
-    global _name
+    global _name, _set_title
+    import ray
+
     with _lock:
         _name = name
+        if _set_title is None:
+            # Ray writes the name of every method that it calls, also when that has returned: no longer.
+            raylet: Any = ray._raylet
+            _set_title, raylet.setproctitle = raylet.setproctitle, _keep_title
         _show()
 
 
@@ -55,5 +60,9 @@ def _count(what: str, change: int) -> None:
 
 
 def _show() -> None:
-    if _name:  # not in tests or tools, whose process is not an actor's
-        setproctitle.setproctitle(f"ray::{_name}" + (f": {', '.join(_doing)}" if _doing else ""))
+    if _set_title is not None:  # not in tests or tools, whose process is not an actor's
+        _set_title(f"ray::{_name}" + (f": {', '.join(_doing)}" if _doing else ""))
+
+
+def _keep_title(title: str) -> None:
+    """Stands where Ray finds its own `setproctitle`."""

@@ -106,3 +106,13 @@ def test_a_file_that_is_no_ledger_is_named(tmp_path: Path) -> None:
     (tmp_path / "l").write_text("something else, long enough to be seen as no database at all" * 20)
     with pytest.raises(LedgerError, match=str(tmp_path)):
         Ledger(tmp_path / "l")
+
+
+def test_a_step_is_written_once_and_again_after_the_run_has_begun_again(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "l")
+    for _ in range(2):
+        ledger.record_step(Version(0, 1), 1.0, 2.0)
+    ledger.roll_back(0, V)
+    for _ in range(2):
+        ledger.record_step(Version(0, 1), 3.0, 4.0)
+    assert [row.detail["started"] for row in ledger.rows() if row.event is Event.STEP] == [1.0, 3.0]

@@ -120,9 +120,14 @@ class Ledger:
         return self._insert(key, index, attempt, event, version, detail)
 
     def record_step(self, version: Version, started: float, finished: float) -> None:
-        """Writes that the learner has reached `version`; a second time for the same version is left out."""
+        """Writes that the learner has reached `version`; a second time for the same version is left out.
+
+        A run without a checkpoint begins again at the version that it began with: its steps are new ones.
+        """
         known = self._run(
-            "select 1 from events where key = '' and event = 'step' and version = ?", str(version)
+            "select 1 from events where key = '' and event = 'step' and version = ? "
+            "and seq > (select coalesce(max(seq), 0) from events where event = 'epoch')",
+            str(version),
         )
         if known.fetchone() is None:
             self._insert("", None, None, Event.STEP, version, {"started": started, "finished": finished})
