@@ -26,10 +26,12 @@ def whereabouts() -> dict[str, Any]:
 
 
 def call_me(name: str) -> None:
-    """Names this process after its actor."""
+    """Names this process after its actor; nothing in a process that is none's, as of a test."""
     global _name, _set_title
     import ray
 
+    if not ray.is_initialized() or ray.get_runtime_context().get_actor_id() is None:
+        return
     with _lock:
         _name = name
         if _set_title is None:
@@ -60,7 +62,7 @@ def _count(what: str, change: int) -> None:
 
 
 def _show() -> None:
-    if _set_title is not None:  # not in tests or tools, whose process is not an actor's
+    if _set_title is not None:
         _set_title(f"ray::{_name}" + (f": {', '.join(_doing)}" if _doing else ""))
 
 
