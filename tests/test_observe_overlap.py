@@ -71,10 +71,10 @@ def test_a_ledger_is_read_and_voided_steps_do_not_count(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     ledger = Ledger(path)
     _group(ledger, 0, Version(0, 0), 0.0, 10.0)
-    ledger.record_run(Event.STEP, Version(0, 1), started=10.0, finished=20.0)
+    ledger.record_step(Version(0, 1), 10.0, 20.0)
     position = ledger.position
     _group(ledger, 1, Version(0, 1), 12.0, 18.0)
-    ledger.record_run(Event.STEP, Version(0, 2), started=20.0, finished=30.0)
+    ledger.record_step(Version(0, 2), 20.0, 30.0)
     ledger.commit()
     assert overlap_from_ledger(path) == 0.5  # group 1 was generated during step 1, trained on in step 2
     ledger.roll_back(position, Version(1, 1))
