@@ -150,7 +150,7 @@ class Watchdog:
             heard, now = _read(pipe), time.monotonic()
             said = (said + heard).lstrip(".")
             # A long tick means that we did not run ourselves: after Ctrl-Z the driver did not, either.
-            silent_s = 0.0 if heard else silent_s + (now - last)
+            silent_s = 0.0 if heard else silent_s + min(now - last, 2 * _TICK_S)
             last = now
             if self._stop is not None and not told:
                 # Ctrl-C reaches the driver by itself, too; the second signal must find the first one handled.

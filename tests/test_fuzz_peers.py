@@ -151,7 +151,9 @@ def hub_message(chance: random.Random) -> Any:
                 lease=number, prompt=replace(PROMPT, index=number, text="x" * chance.randrange(99))
             )
         case 1:
-            return JudgeLease(lease=number, key="", captions=(), questions=QUESTIONS, rotation=number)
+            return JudgeLease(
+                lease=number, key="", attempt=0, captions=(), questions=QUESTIONS, rotation=number
+            )
         case 2:
             return Ack(lease=chance.choice(WHOLE))
         case 3:
@@ -174,7 +176,7 @@ def flood(seed: int) -> list[bytes]:
 
 @pytest.mark.parametrize("kind", [StubRollout, StubJudge])
 def test_an_engine_goes_on_through_a_flood(kind: type[StubRollout] | type[StubJudge]) -> None:
-    lease = JudgeLease(lease=7, key="k", captions=("a",), questions=QUESTIONS, rotation=0)
+    lease = JudgeLease(lease=7, key="k", attempt=0, captions=("a",), questions=QUESTIONS, rotation=0)
     good = GenerateLease(lease=7, prompt=PROMPT) if kind is StubRollout else lease
     known = GenerateLease | JudgeLease | Ack | Revoke
 

@@ -127,13 +127,16 @@ def test_ctrl_c_in_the_middle_leaves_nothing_running(tmp_path: Path) -> None:
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 300
-    while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").read_text().strip():
-        assert run.poll() is None, run.stderr and run.stderr.read()
-        assert time.monotonic() < deadline, "no step in five minutes"
-        time.sleep(0.5)
-    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the whole group
-    _, error = run.communicate(timeout=90)
+    try:
+        deadline = time.monotonic() + 300
+        while not read_metrics(folder):
+            assert run.poll() is None, run.stderr and run.stderr.read()
+            assert time.monotonic() < deadline, "no step in five minutes"
+            time.sleep(0.5)
+        os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the whole group
+        _, error = run.communicate(timeout=90)
+    finally:
+        run.kill()
     assert run.returncode == 130, error
     assert "Traceback" not in error
     assert "left processes" not in error
