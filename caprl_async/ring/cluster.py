@@ -10,7 +10,7 @@ import threading
 from typing import Any
 
 from caprl_async.config import RingConfig
-from caprl_async.ring.errors import RingFailed
+from caprl_async.ring.errors import RingFailed, RingLost
 
 
 def connect(config: RingConfig, *, log_level: str) -> None:
@@ -20,6 +20,7 @@ def connect(config: RingConfig, *, log_level: str) -> None:
 
     Raises:
         RingFailed: Ray did not start, or could not be joined.
+        RingLost: it did not start in time.
     """
     local = config.address == "local"
     if local and "RAY_AUTH_TOKEN" not in os.environ:
@@ -43,7 +44,9 @@ def connect(config: RingConfig, *, log_level: str) -> None:
         ray.init(address=config.address, logging_level=level, log_to_driver=False, **(own if local else {}))
     except Exception as error:  # of many kinds: missing packages, wrong tokens, other versions, no memory
         hint = "; ring.dashboard=true needs the package ray[default]" if local and config.dashboard else ""
-        raise RingFailed(f"Ray could not be started, ring.address={config.address}: {error}{hint}") from error
+        # A machine that is too busy is no fault of the conf: another driver may have more luck.
+        kind = RingLost if "timed out" in str(error) else RingFailed
+        raise kind(f"Ray could not be started, ring.address={config.address}: {error}{hint}") from error
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
             if handler is not None:
