@@ -57,11 +57,11 @@ _PACKAGE = Path(__file__).resolve().parent
 _WRITTEN = ("run_dir", "data.image_dir")  # paths that the run makes; all other paths must exist
 _READ = ("run", *conf_files.INPUT_FILES, *conf_files.INPUT_MODELS)
 _SHOWN = 200  # characters of a wrong key or value
-_UNREADABLE = (OSError, ValueError, LookupError, RecursionError, yaml.YAMLError, OmegaConfBaseException)
-"""What yaml and OmegaConf raise at broken input; ValueError: no UTF-8, or a number of thousands of digits;
-LookupError: a key of brackets alone."""
 _UNFIT = (OmegaConfBaseException, ValueError, OverflowError)
-"""And at a value of a wrong type; ValueError: one that it cannot print; OverflowError: beyond all floats."""
+"""What OmegaConf raises at a value of a wrong type; ValueError: one of thousands of digits, which it cannot
+print; OverflowError: one beyond all floats."""
+_UNREADABLE = (*_UNFIT, OSError, LookupError, TypeError, RecursionError, yaml.YAMLError)
+"""And at broken text, with yaml; LookupError: a key of brackets alone; TypeError: a key within a list."""
 
 
 @dataclass(frozen=True)

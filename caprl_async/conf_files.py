@@ -29,7 +29,7 @@ LEDGER = "ledger.sqlite"
 """The file of a run folder that holds every prompt's life, from the moment at which the queue is up."""
 
 
-RECORDED = ("conf.yaml", "ledger.sqlite")
+RECORDED = ("conf.yaml", LEDGER)
 """What every run folder holds."""
 
 

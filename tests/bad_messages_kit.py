@@ -19,6 +19,7 @@ from caprl_async.types import (
     Credit,
     Generated,
     Hello,
+    Holding,
     ImageRef,
     Judged,
     Outcome,
@@ -139,7 +140,8 @@ def contents(chance: random.Random) -> Any:
         case 6:
             return BatchRequest(version=Version(chance.choice([0, 0, whole]), chance.choice(WHOLE)))
         case _:
-            return Credit(free=-abs(whole) // 2)
+            holds = (Holding(whole, name, whole), Holding(-1, f"train/{chance.randrange(9)}", 0))
+            return Credit(free=-abs(whole) // 2, holds=holds * chance.randrange(1, 99))
 
 
 def broken(data: bytes, chance: random.Random) -> bytes:

@@ -17,7 +17,9 @@ from caprl_async.config import Blind
 from caprl_async.jobs import inspect
 from caprl_async.observe.lineage import printable
 from caprl_async.replay.events import Event, surviving
+from caprl_async.replay.ledger import Judged as Judgment
 from caprl_async.replay.ledger import Ledger, open_ledger, read_rows
+from caprl_async.replay.line import surviving_line
 from caprl_async.replay.reading import Reading, SampleName
 from caprl_async.run import main
 from caprl_async.types import Judged, JudgeLease, Version
@@ -240,6 +242,27 @@ def test_with_blind_questions_captions_keep_their_own_verdicts(
     text = Shown(Path(config.run_dir), capsys)("train/0@0#2")
     assert "blind" in text
     assert "reward 0.75" in text
+
+
+def test_a_run_that_began_again_at_its_beginning_has_the_steps_of_both_times(tmp_path: Path) -> None:
+    """Its versions are the same ones again."""
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    for again in (False, True):
+        if again:
+            ledger.roll_back(0, Version(0, 0))
+        for event in (Event.ADMITTED, Event.GENERATING, Event.JUDGING, Event.READY):
+            seq = ledger.record("train/0", 0, 0, event, Version(0, 0))
+        ledger.record_judged(seq, Judgment("judge-0", 0, (), (), (), ()))
+        for event in (Event.CUT, Event.TRAINED):
+            ledger.record("train/0", 0, 0, event, Version(0, 0), oldest="0.0")
+        ledger.record_step(Version(0, 1), 10.0 + again, 20.0)
+    ledger.close()
+    with Reading(ledger.path) as reading:
+        story = reading.story(SampleName("train/0"))
+    trainings = [training for judgement in story.judgements for training in judgement.trainings]
+    assert [training.voided for training in trainings] == [True, False]
+    assert [t.step.detail["started"] for t in trainings if t.step is not None] == [10.0, 11.0]
+    assert [str(step.version) for step in surviving_line(read_rows(ledger.path))] == ["0.0"]
 
 
 def test_signs_that_would_move_the_cursor_are_spelled_out() -> None:

@@ -323,6 +323,7 @@ def test_a_rank_that_fails_is_one_line(
     assert capsys.readouterr().err == "error: rank 0: no such thing\n"
 
 
+@pytest.mark.slow
 def test_ranks_that_cannot_begin_are_one_line(done: Recorded) -> None:
     """Real processes; the policy of this run is no model."""
     order = Rerun(config=done.config, batches=(), images=done.run_dir / "images", compare={})

@@ -80,3 +80,36 @@ def test_a_lost_learner_is_told_apart_and_engines_that_it_left_half_written_star
     with pytest.raises(LearnersLost, match="rank 0 died"):
         weights.settle()
     assert restarted == ["rollout-0"]
+
+
+def test_while_a_transfer_is_waited_for_a_member_that_hangs_can_be_found() -> None:
+    pending: Future[SyncReport] = Future()
+    weights, sync, _ = publisher()
+    sync.publish_soon = lambda version: pending  # type: ignore[method-assign]
+    looks: list[int] = []
+
+    def look() -> None:
+        looks.append(len(looks))
+        if len(looks) == 2:  # its death ends the transfer
+            pending.set_result(SyncReport(Version(0, 1), 1.0, {}, **DIED))
+
+    weights._look = look
+    weights.soon(Version(0, 1))
+    weights.settle()
+    assert looks == [0, 1]
+    sync.script = [GOOD]
+    weights.now(Version(0, 2))
+    assert sync.published == [Version(0, 2)]
+
+
+def test_a_learner_that_is_found_dead_while_a_transfer_is_waited_for_is_told_at_once() -> None:
+    weights, sync, _ = publisher()
+    sync.publish_soon = lambda version: Future()  # type: ignore[method-assign]
+
+    def look() -> None:
+        raise LearnersLost("learner-0 died")
+
+    weights._look = look
+    weights.soon(Version(0, 1))
+    with pytest.raises(LearnersLost, match="learner-0 died"):
+        weights.settle()

@@ -102,10 +102,14 @@ class Replay:
         """(step, folder) of the checkpoints that hold parameters of the line."""
         for folder in sorted((self.folder / "checkpoints").glob("step-*")):
             ring = folder / RING
-            if wrong := problem(folder):
+            try:
+                wrong = problem(folder)
+                saved = read_saved(ring)
+            except LedgerError as error:
+                wrong = wrong or str(error)
+            if wrong:
                 self._say(f"{folder.name} cannot be used: {wrong}", "bold red")
                 continue
-            saved = read_saved(ring)
             if saved.ledger != reading.identity:
                 self._say(f"{folder.name} is another run's: not compared", "yellow")
             elif is_voided(saved.position, reading.epochs):

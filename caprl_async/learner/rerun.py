@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
@@ -184,6 +185,7 @@ def _run(
     if (learner.device == "cpu" or learner.offload_optimizer) and learner.threads > 0:
         torch.set_num_threads(learner.threads)
     disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)  # torch's, to DeepSpeed
     prepare(learner.device)
     join_group(
         rank,

@@ -137,7 +137,7 @@ def clock(seconds: float) -> str:
 
 
 def _events(story: Story) -> Table:
-    table = _table("time", "after, s", "event", "try", "version", "by", "", "")
+    table = _table("time", "after, s", "event", "attempt", "version", "by", "", "")
     peers = {judgement.row.seq: judgement.peer for judgement in story.judgements}
     start = story.rows[0].time
     for row in story.rows:
@@ -179,7 +179,7 @@ def _what(row: EventRow) -> str:
         case Event.EVICTED:
             return str(detail["reason"])
         case Event.RETRIED:
-            return f"{detail['reason']}: again as try {row.attempt}"
+            return f"{detail['reason']}: again as attempt {row.attempt}"
         case Event.EPOCH:
             return f"to step {row.version.step}"
     return ""

@@ -216,7 +216,10 @@ class Reading:
                 continue
             done = following if following is not None and following.event is Event.TRAINED else None
             made = Version(row.version.epoch, row.version.step + 1)
-            steps = (r for r in self.run_rows if r.event is Event.STEP and r.version == made)
+            # A run that begins again at its beginning makes the same versions again.
+            steps = (
+                r for r in self.run_rows if r.seq > row.seq and r.event is Event.STEP and r.version == made
+            )
             yield Training(row, done, next(steps, None), self.voided(row.seq))
 
     def _waiting(self, key: str) -> tuple[int | None, tuple[Caption, ...]]:

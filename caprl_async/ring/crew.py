@@ -85,7 +85,7 @@ class Crew:
         started = self._start_engines(address)
         host, setups = self._start_learners(address)
         self._wait_ready({**setups, **started})
-        self._publisher = Publisher(self._sync(host), self._ready_rollouts, self._restart)
+        self._publisher = Publisher(self._sync(host), self._ready_rollouts, self._restart, self._look)
         self._publisher.open()
         for spec in self._roster.all:
             watch.add(spec.name, self._handles[spec.name], restarts=spec.restarts)
@@ -374,6 +374,11 @@ class Crew:
         if self._watch is not None:
             self._watch.look(now)
             self._poll_starting(now)
+
+    def _look(self) -> None:
+        """What a transfer's wait may do of `_tick`: nothing that transfers."""
+        if self._watch is not None:
+            self._watch.look(time.monotonic())
 
     def _pause(self) -> None:
         time.sleep(0.2)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, TypeVar
 
 from ray.exceptions import RayError
 
@@ -16,7 +16,10 @@ from caprl_async.weights.types import LearnerLost, SyncReport, TransferFailed
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
+T = TypeVar("T")
+
 _TRIES = 3
+_LOOK_S = 1.0
 
 
 def _said(error: Exception) -> str:
@@ -31,6 +34,9 @@ class Publisher:
 
     `restart(name, reason)` is called for an engine that is not in the group, or whose weights may be half
     written, which cannot be told from whole ones: it starts afresh and then comes back by `rejoin`.
+
+    `look()` is called every second while something is waited for, so that a member that hangs is found and
+    ended; it may raise LearnersLost.
     """
 
     def __init__(
@@ -38,12 +44,15 @@ class Publisher:
         sync: WeightSync,
         members: Callable[[], Mapping[str, ActorHandle]],
         restart: Callable[[str, str], None],
+        look: Callable[[], None] = lambda: None,
     ) -> None:
         self.wanted = Version(0, 0)
         self.metrics: dict[str, float] = {}  # of the last transfer, seconds
         self._sync = sync
         self._members = members
         self._restart = restart
+        self._look = look
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="weight-group")
         self._pending: Future[SyncReport] | None = None
 
     def open(self) -> None:
@@ -54,7 +63,8 @@ class Publisher:
             RingFailed: no group can be formed.
         """
         try:
-            failed = self._sync.open(self._members())
+            members = self._members()
+            failed = self._beside(lambda: self._sync.open(members))
         except (LearnerLost, TransferFailed, RayError) as error:
             raise self._failure("no weight group could be formed", error) from error
         self._restart_all(failed)
@@ -95,6 +105,7 @@ class Publisher:
         """
         if self._pending is None:
             return
+        self._patiently(self._pending)
         pending, self._pending = self._pending, None
         try:
             report = pending.result()
@@ -106,6 +117,7 @@ class Publisher:
     def abandon(self) -> None:
         """The learner is gone: forgets its transfers. Engines that it left half written start again."""
         pending, self._pending = self._pending, None
+        self._aside.shutdown(wait=False)
         self._sync.close()
         if pending is not None and pending.done() and isinstance(error := pending.exception(), LearnerLost):
             self._restart_all(error.failed)
@@ -117,21 +129,36 @@ class Publisher:
             LearnersLost, RingFailed: see `open`.
         """
         self._sync = sync
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="weight-group")
         self.open()
 
     def close(self) -> None:
-        """Ends the background thread; call it when the actors are gone."""
+        """Ends the background threads; call it when the actors are gone."""
+        self._aside.shutdown()
         self._sync.close()
+
+    def _beside(self, act: Callable[[], T]) -> T:
+        """Does it in another thread, and looks meanwhile."""
+        future = self._aside.submit(act)
+        self._patiently(future)
+        return future.result()
+
+    def _patiently(self, future: Future[T]) -> None:
+        while not wait([future], timeout=_LOOK_S).done:
+            self._look()
 
     def _deliver(self) -> None:
         for _ in range(_TRIES):
             try:
-                report = self._sync.publish(self.wanted)
+                report = self._beside(self._publish)
             except (LearnerLost, TransferFailed, RayError) as error:
                 raise self._failure(f"the weights of {self.wanted} could not be sent", error) from error
             if self._done(report):
                 return
         raise RingFailed(f"the weights of {self.wanted} reached no engine: {report.error}")
+
+    def _publish(self) -> SyncReport:
+        return self._sync.publish(self.wanted)
 
     def _done(self, report: SyncReport) -> bool:
         """Restarts what failed; False if the transfer should be tried again."""

@@ -24,6 +24,7 @@ from caprl_async.weights.types import JoinInfo, LearnerLost, OpenInfo, SyncRepor
 
 ATTEMPTS = 2  # the second is for the engines that a failed one has dragged along
 LEARNER = "learner"  # key of the learner's call among the engines' calls
+_WITHOUT_LEARNER_S = 5.0  # for engines to answer whose sender has died
 
 
 @dataclass
@@ -195,6 +196,8 @@ class WeightSync:
                 outcome.done[names[ready[0]]] = ray.get(ready[0])
             except Exception as error:
                 self._failed(outcome, names[ready[0]], error)
+                if isinstance(outcome.learner, RayActorError):  # the engines cannot be told, and would wait
+                    deadline = min(deadline, time.monotonic() + _WITHOUT_LEARNER_S)
         outcome.done.pop(LEARNER, None)
         if isinstance(outcome.learner, RayActorError):
             reason = f"the learner is gone: {outcome.learner}"
