@@ -66,7 +66,8 @@ def _explained(arguments: list[str], is_driver: bool) -> int:
         print(f"conf error: {error}", file=sys.stderr)
         return 2
     except (RingFailed, TimeoutError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        go_on = f"; go on with: resume=true run_dir={run_dir}" if conf.has_checkpoint(Path(run_dir)) else ""
+        print(f"error: {error}{go_on}", file=sys.stderr)
         return RESTART if isinstance(error, RingLost) else 1
     except OSError as error:
         where = "" if error.filename or not run_dir else f" (run_dir={run_dir})"

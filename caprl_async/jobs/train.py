@@ -43,7 +43,9 @@ def run(config: Config) -> None:
 
 def _run(config: Config, run_dir: Path, console: Console) -> None:
     began = time.time()
-    CapRL.on_message = staticmethod(lambda text: console.print(text, style="dim", markup=False))
+    CapRL.on_message = staticmethod(
+        lambda text: console.print(text, style="dim", markup=False, soft_wrap=True)
+    )
     algorithm: CapRL | None = None
     try:
         cluster.connect(config.ring, log_level=config.observe.log_level)
@@ -109,7 +111,9 @@ class _Training:
                 self.console.print(f"going on from {folder}", markup=False)
                 self.algorithm.restore_from_path(str(folder))
                 return
-            self.console.print(f"{folder} cannot be used: {wrong}", style="bold red", markup=False)
+            self.console.print(
+                f"{folder} cannot be used: {wrong}", style="bold red", markup=False, soft_wrap=True
+            )
 
     def _train(self) -> None:
         config = self.config
@@ -122,7 +126,7 @@ class _Training:
                 if config.evaluate.interval and step % config.evaluate.interval == 0:
                     metrics |= self._evaluate(f"step-{step:06d}", "policy").flat()
                 for text in alarms.check(step, metrics):
-                    self.console.print(text, style="bold red", markup=False)
+                    self.console.print(text, style="bold red", markup=False, soft_wrap=True)
                 writer.write(step, {**metrics, "alarms": alarms.raised})
                 progress.show(step, metrics)
                 self._saved(wait=False)
@@ -169,7 +173,9 @@ class _Training:
             self.ring.checkpoints.abandon(partial)
         if self.ring.version.step == self.config.steps:
             raise SaveFailed(f"the result could not be saved: {error}") from error
-        self.console.print(f"no checkpoint this time: {error}", style="bold red", markup=False)
+        self.console.print(
+            f"no checkpoint this time: {error}", style="bold red", markup=False, soft_wrap=True
+        )
 
     # ------------------------------------------------------------ evaluation
 
@@ -217,3 +223,7 @@ class _Training:
         if source == "reference":
             length = reference_length(self.run_dir / "evals" / f"{name}.jsonl", config.policy.model)
         return Row.of(result, length=length)
+
+
+def _say(console: Console, text: str, style: str) -> None:
+    console.print(text, style=style, markup=False, soft_wrap=True)

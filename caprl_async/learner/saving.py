@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
@@ -17,6 +20,8 @@ from caprl_async.process import doing
 
 Export: TypeAlias = tuple[Path, Callable[[Path], None]]
 """A folder, and who writes files into it."""
+
+_FULL = 1 << 24  # bytes; with less left, what could not be written had no room
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,15 @@ class BackgroundWriter:
 
 
 def _write(root: Path, copied: Sequence[Copied], exports: Sequence[Export]) -> Digests:
+    try:
+        return _write_all(root, copied, exports)
+    except RuntimeError as error:  # torch says "unexpected pos" where the disk is full
+        if shutil.disk_usage(root).free < _FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(root)) from error
+        raise
+
+
+def _write_all(root: Path, copied: Sequence[Copied], exports: Sequence[Export]) -> Digests:
     with doing("writing a checkpoint"):
         files = []
         for file in copied:

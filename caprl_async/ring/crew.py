@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayActorError, RayError
 
-from caprl_async.conf import has_checkpoint
 from caprl_async.config import Config
 from caprl_async.learner.actor import LearnerActor, RanksDisagree
 from caprl_async.replay.hub import HubAsleep, ReplayQueue
@@ -242,9 +241,10 @@ class Crew:
         """An engine has not the weights that it should have."""
         if name not in self._starting:
             self._say(f"{name} has not the weights of {self.weights.wanted} ({reason}); restarting it")
-            ray.kill(self._handles[name], no_restart=False)
             if self._watch is not None:
                 self._watch.kill(name)
+            else:
+                ray.kill(self._handles[name], no_restart=False)
 
     def _lost(self, name: str, reason: str) -> None:
         raise LearnersLost(f"{name} died: {reason}")
@@ -320,8 +320,9 @@ class Crew:
         except RingFailed as error:
             if isinstance(error, RingLost):
                 raise
-            disagree = isinstance(getattr(error.__cause__, "cause", None), RanksDisagree)
-            if disagree or self._rank_is_dead():  # the others fail for its sake
+            cause = getattr(error.__cause__, "cause", None)
+            afresh = isinstance(cause, RanksDisagree) or _out_of_memory(cause)
+            if afresh or self._rank_is_dead():  # the others fail for its sake
                 raise LearnersLost(str(error)) from error
             raise
 
@@ -359,13 +360,6 @@ class Crew:
             if name.startswith(("the learner", "learner-")):
                 raise LearnersLost(str(error)) from error
             raise
-        except (RingLost, LearnersLost):
-            raise
-        except RingFailed as error:
-            if has_checkpoint(Path(self.config.run_dir)) and "resume=true" not in str(error):
-                run_dir = self.config.run_dir
-                raise type(error)(f"{error}; go on with: resume=true run_dir={run_dir}") from error.__cause__
-            raise
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -391,3 +385,8 @@ class Crew:
         handle = spawn(spec, self._group, actor_class, *args, life=self._lives)
         self._handles[spec.name] = handle
         return handle
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Whether a rank had no memory left: a fresh process may have, and `ring.restarts` bounds the tries."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))

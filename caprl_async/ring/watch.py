@@ -89,10 +89,11 @@ class Watch:
             return
         if not actor.restarts:
             del self._actors[name]
-        with contextlib.suppress(RayError):
-            ray.kill(actor.handle, no_restart=not actor.restarts)
-        if actor.pid:
+        if actor.pid:  # of a successor that Ray has started already it is another
             kill_process(actor.node, actor.pid)
+        if not actor.pid or not actor.restarts:
+            with contextlib.suppress(RayError):
+                ray.kill(actor.handle, no_restart=not actor.restarts)
 
     def _collect(self, name: str, actor: _Watched, now: float) -> None:
         done, _ = ray.wait([actor.ping], timeout=0)
