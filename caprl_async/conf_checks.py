@@ -19,9 +19,7 @@ from caprl_async.judge.prompt import ALWAYS, WITH_LETTERS, PromptError, check_pl
 JOBS = {"train": conf_files.problems, "inspect": conf_files.run_problems, "replay": conf_files.run_problems}
 """Modules of caprl_async.jobs with a `run(config)`, and what looks at the files that each needs."""
 
-LEARNER_DTYPES = ("float32", "bfloat16")
 ENGINE_DTYPES = ("float32", "bfloat16", "float16")
-LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 class ConfError(Exception):
@@ -204,11 +202,11 @@ def _ranges(config: Config) -> Iterator[str]:
 
 def _choices(config: Config) -> Iterator[str]:
     for key, allowed in (
-        ("learner.dtype", LEARNER_DTYPES),
+        ("learner.dtype", ("float32", "bfloat16")),
         ("learner.device", ("cpu", "cuda")),
         ("rollout.engine.dtype", ENGINE_DTYPES),
         ("judge.engine.dtype", ENGINE_DTYPES),
-        ("observe.log_level", LOG_LEVELS),
+        ("observe.log_level", ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")),
     ):
         value = value_of(config, key)
         if value not in allowed:

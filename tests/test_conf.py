@@ -370,7 +370,7 @@ def test_a_run_folder_is_used_once_unless_resumed(load: Callable[..., Config]) -
         (folder / METRICS).touch()
     with pytest.raises(ConfError, match=r"run_dir=.*delete it"), conf.run_folder(config):
         pass
-    cut = folder / "checkpoints" / "step-1" / "ring" / "cut.json"
+    cut = folder / "checkpoints" / "step-1" / "manifest.json"
     cut.parent.mkdir(parents=True)
     cut.write_text("{}")
     with pytest.raises(ConfError, match="resume=true"), conf.run_folder(config):

@@ -132,13 +132,21 @@ def test_a_batch_that_is_not_the_ledgers_is_named(
     assert f"{path} holds no recorded batch" in refused(copy, capsys)
 
 
-def test_a_checkpoint_to_begin_at_must_be_kept(
-    done: Recorded, copy: Path, capsys: pytest.CaptureFixture[str]
+def test_a_checkpoint_to_begin_at_must_be_kept_and_whole(
+    copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seal(cut(copy, 2).parent)
+    kept = cut(copy, 2)
+    seal(kept.parent)
     error = refused(copy, capsys, "begin=1")
     assert "keeps no checkpoint of that step; it keeps 2" in error
     assert "it came to step 4" in refused(copy, capsys, "begin=2", "steps=2")
+    (kept / "queue.msgpack").write_bytes(b"nothing")
+    for _ in ("another checksum", "its own checksum, but nothing in it"):
+        assert main([CONF, f"run={copy}", "begin=2"]) == 2
+        out, error = capsys.readouterr()
+        assert "step-000002 cannot be used" in out
+        assert "it keeps none" in error
+        seal(kept.parent)
 
 
 def test_images_that_are_gone_are_named(

@@ -16,6 +16,9 @@ Then the output layer alone: log-probabilities in chunks against logits of all t
 
 `--shape 3b` has the sizes of Qwen2.5-VL-3B; with `--device cuda --dtype bfloat16` it also says how much of
 the card's measured matmul rate the learner's multiplications reach (MFU; recomputation is not counted).
+
+`--updates 2` measures whole updates by the learner's own engine instead, DeepSpeed and AdamW included: of
+`--micros` micro-batches of `--groups` groups each, of the first ratio and n. One rank.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import argparse
 import gc
 import json
 import random
+import socket
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -40,9 +44,10 @@ from caprl_async.data.processor import Grid
 from caprl_async.learner.batch import TrainSequence
 from caprl_async.learner.head import ScoringHead
 from caprl_async.learner.losses import policy_loss
-from caprl_async.learner.model import Collate, PolicyModel, collator
+from caprl_async.learner.model import Collate, PolicyModel, checkpoint_activations, collator
 from caprl_async.learner.plan import Costs, costs_of
 from caprl_async.learner.prefix import ATTENTION
+from caprl_async.learner.tensors import MicroTensors
 from caprl_async.types import ImageRef
 
 IMAGE, VIDEO, START, END = 3, 4, 5, 6
@@ -90,8 +95,9 @@ class Cell:
     bound: dict[str, float]  # repeated / shared, whole and by part
 
     @property
-    def ratio(self) -> float:
-        return self.seconds["repeated"] / self.seconds["shared"]
+    def ratio(self) -> float | None:
+        """None if the repeated way was not asked for."""
+        return self.seconds["repeated"] / self.seconds["shared"] if "repeated" in self.seconds else None
 
 
 def random_policy(shape: str, dtype: torch.dtype, device: str, checkpointing: bool) -> Any:
@@ -119,7 +125,7 @@ def random_policy(shape: str, dtype: torch.dtype, device: str, checkpointing: bo
     with torch.device(device):
         model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model, LearnerConfig())
     return model.train(checkpointing)
 
 
@@ -168,11 +174,14 @@ def one_pass(policy: PolicyModel, make: Collate, sequences: Sequence[TrainSequen
     synchronise(device)
     began = time.perf_counter()
     tensors = make(sequences).to(torch.device(device))
-    logprobs, entropy = policy(tensors)
-    loss, _ = policy_loss(logprobs, entropy, logprobs.detach(), tensors.loss_tokens, LearnerConfig())
-    loss.backward()
+    loss_of(policy, tensors).backward()
     synchronise(device)
     return time.perf_counter() - began
+
+
+def loss_of(policy: Callable[[MicroTensors], Any], tensors: MicroTensors) -> torch.Tensor:
+    logprobs, entropy = policy(tensors)
+    return policy_loss(logprobs, entropy, logprobs.detach(), tensors.loss_tokens, LearnerConfig())[0]
 
 
 class Bench:
@@ -194,9 +203,12 @@ class Bench:
             self.pixels[key] = torch.randn(grid[1] * grid[2], 3 * 2 * 14 * 14)
         return self.pixels[key]
 
+    def collate(self, prefix: Prefix) -> Collate:
+        return collator(self.hf, IMAGE, self._pixels, prefix)
+
     def run(self, way: str, sequences: list[TrainSequence]) -> float:
         prefix = Prefix.repeated if way == "repeated" else Prefix.shared
-        make = collator(self.hf, IMAGE, self._pixels, prefix)
+        make = self.collate(prefix)
         attention = self.plain if prefix is Prefix.repeated else ATTENTION
         self.hf.model.language_model.set_attn_implementation(attention)
         given = apart(sequences) if way == "tower shared" else sequences
@@ -207,16 +219,16 @@ class Bench:
         prompt, response = ratio * self.args.response, self.args.response
         sequences = captions_of(self.args.groups, n, prompt, response, self.vocabulary)
         peaks: dict[str, int] = {}
-        for way in WAYS:
+        for way in self.args.ways:
             self.run(way, sequences)
             self.hf.zero_grad(set_to_none=True)
             gc.collect()
             with Peak(self.args.device) as peak:
                 self.run(way, sequences)
             peaks[way] = peak.bytes
-        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+        seconds: dict[str, list[float]] = {way: [] for way in self.args.ways}
         for _ in range(self.args.rounds):
-            for way in WAYS:
+            for way in self.args.ways:
                 seconds[way].append(self.run(way, sequences))
         works = {
             "shared": self.costs[Prefix.shared].work(tuple(sequences)),
@@ -293,13 +305,61 @@ def head_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+# ---------------------------------------------------------------- whole updates
+
+
+def run_updates(args: argparse.Namespace) -> None:
+    """Prints a line for each update; the first compiles, allocates and makes the optimizer's state."""
+    from caprl_async.learner import engine
+
+    learner = LearnerConfig(
+        device=args.device,
+        dtype=args.dtype,
+        gradient_checkpointing=args.checkpointing,
+        logprob_chunk=args.chunk,
+    )
+    engine.prepare(args.device)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    engine.join_group(0, 1, "127.0.0.1", port, device=args.device, listener=None, timeout_s=60)
+    rate = matmul_rate(args.device, getattr(torch, args.dtype))
+    bench = Bench(args)
+    train = engine.TrainEngine(bench.policy, learner)
+    response, n = args.response, args.ns[0]
+    captions = captions_of(args.groups, n, args.ratios[0] * response, response, bench.vocabulary)
+    costs = bench.costs[Prefix.shared]
+    work = costs.work(tuple(captions)) * costs.unit * args.micros
+    make = bench.collate(Prefix.shared)
+    tokens = costs.tokens(tuple(captions))
+    print(f"{args.micros} micro-batches of {tokens} tokens; matmul rate {rate / 1e12:.3g} TFLOP/s")
+    for update in range(args.updates):
+        with Peak(args.device) as peak:
+            began = time.perf_counter()
+            for i in range(args.micros):
+                loss = loss_of(train.forward, make(captions).to(train.device))
+                train.backward(loss, last=i == args.micros - 1)
+            synchronise(args.device)
+            passes = time.perf_counter() - began
+            train.step(learner.lr)
+            synchronise(args.device)
+            whole = time.perf_counter() - began
+        print(
+            f"update {update}: {whole:.3f} s, of it the optimizer {whole - passes:.3f} s; "
+            f"{args.micros * len(captions) * response / whole:.0f} caption tokens/s, "
+            f"MFU {6 * work / whole / rate:.0%}; peak {peak.whole / 2**30:.1f} GiB in all"
+        )
+    train.close()
+
+
 # ---------------------------------------------------------------- output
 
 
 def show(bench: Bench, cells: Sequence[Cell], heads: Sequence[dict[str, Any]], rate: float) -> dict[str, Any]:
     console = Console(width=150)
-    table = Table("P:R", "n", *[f"{way}, s" for way in WAYS], "ratio", "bound", "of it without tower")
-    for column in ("tokens/s", "MFU", *[f"{way}, GiB" for way in WAYS]):
+    ways = bench.args.ways
+    table = Table("P:R", "n", *[f"{way}, s" for way in ways], "ratio", "bound", "of it without tower")
+    for column in ("tokens/s", "MFU", *[f"{way}, GiB" for way in ways]):
         table.add_column(column)
     figures = []
     for cell in cells:
@@ -309,13 +369,13 @@ def show(bench: Bench, cells: Sequence[Cell], heads: Sequence[dict[str, Any]], r
         table.add_row(
             f"{cell.prompt // cell.response}:1",
             str(cell.n),
-            *[f"{cell.seconds[way]:.3g}" for way in WAYS],
-            f"{cell.ratio:.2f}",
+            *[f"{cell.seconds[way]:.3g}" for way in ways],
+            "-" if cell.ratio is None else f"{cell.ratio:.2f}",
             f"{cell.bound['all']:.2f}",
             f"{cell.bound['language model']:.2f}",
             f"{tokens / cell.seconds['shared']:.0f}",
             f"{mfu:.0%}",
-            *[f"{cell.peak[way] / 2**30:.2f}" for way in WAYS],
+            *[f"{cell.peak[way] / 2**30:.2f}" for way in ways],
         )
         figures.append({**vars(cell), "ratio": cell.ratio, "mfu": mfu, "caption_tokens": tokens})
     console.print(table)
@@ -351,8 +411,11 @@ def main() -> None:
     parser.add_argument("--response", type=int, default=64, help="tokens of a caption")
     parser.add_argument("--ratios", type=int, nargs="+", default=[1, 3, 6], help="P:R")
     parser.add_argument("--ns", type=int, nargs="+", default=[4, 8, 16], help="captions per group")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="`shared` must be among them")
     parser.add_argument("--rounds", type=int, default=3, help="the median of so many passes")
     parser.add_argument("--chunk", type=int, default=512, help="learner.logprob_chunk")
+    parser.add_argument("--updates", type=int, default=0, help="instead: so many updates; see above")
+    parser.add_argument("--micros", type=int, default=4, help="micro-batches of an update")
     parser.add_argument("--checkpointing", action="store_true", help="learner.gradient_checkpointing")
     parser.add_argument(
         "--head-width", type=int, default=512, help="width of the states before the output layer"
@@ -363,6 +426,9 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    if args.updates:
+        run_updates(args)
+        return
     rate = matmul_rate(args.device, getattr(torch, args.dtype))
     bench = Bench(args)
     console = Console(stderr=True)
@@ -370,9 +436,8 @@ def main() -> None:
     for ratio in args.ratios:
         for n in args.ns:
             cells.append(bench.cell(ratio, n))
-            console.print(
-                f"P:R {ratio}:1, n = {n}: {cells[-1].ratio:.2f} (bound {cells[-1].bound['all']:.2f})"
-            )
+            took = ", ".join(f"{way} {seconds:.3g} s" for way, seconds in cells[-1].seconds.items())
+            console.print(f"P:R {ratio}:1, n = {n}: {took}; bound {cells[-1].bound['all']:.2f}")
     figures = show(bench, cells, head_rows(args), rate)
     about = {"shape": args.shape, "device": args.device, "dtype": args.dtype, "groups": args.groups}
     if args.device == "cuda":

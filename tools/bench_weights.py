@@ -361,11 +361,13 @@ def show(title: str, names: dict[str, str], columns: dict[str, Figures]) -> None
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", *columns, title=title, title_justify="left")
+    table = Table("", *columns)
     for key, name in names.items():
         if all(key in values for values in columns.values()):
             table.add_row(name, *(f"{1000 * values[key]:.2f}" for values in columns.values()))
-    Console(width=130).print(table)
+    console = Console(width=130)
+    console.print(title)
+    console.print(table)
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -101,16 +101,14 @@ class Replay:
     def _kept(self, reading: Reading) -> Iterator[tuple[int, Path]]:
         """(step, folder) of the checkpoints that hold parameters of the line."""
         for folder in sorted((self.folder / "checkpoints").glob("step-*")):
-            ring = folder / RING
+            ring, wrong, saved = folder / RING, problem(folder), None
             try:
-                wrong = problem(folder)
                 saved = read_saved(ring)
             except LedgerError as error:
                 wrong = wrong or str(error)
-            if wrong:
+            if wrong or saved is None:
                 self._say(f"{folder.name} cannot be used: {wrong}", "bold red")
-                continue
-            if saved.ledger != reading.identity:
+            elif saved.ledger != reading.identity:
                 self._say(f"{folder.name} is another run's: not compared", "yellow")
             elif is_voided(saved.position, reading.epochs):
                 self._say(f"{folder.name} belongs to steps that were rolled back: not compared", "yellow")

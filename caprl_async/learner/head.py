@@ -78,8 +78,13 @@ class _TokenLogProbs(torch.autograd.Function):
         for (part, wanted, slope, into), extra in zip(pieces, bonus, strict=False):
             logprobs = _log_softmax(part, weight, banned, ctx.temperature)
             grad_logits = _slope(logprobs, wanted, slope, extra).div_(ctx.temperature)
-            torch.mm(grad_logits.to(weight.dtype), weight, out=into)
-            if grad_weight is not None:
+            rounded = grad_logits.to(weight.dtype)
+            torch.mm(rounded, weight, out=into)
+            if grad_weight is None:
+                continue
+            if weight.is_cuda and weight.dtype is torch.bfloat16:  # the same sum, from factors that are fast
+                torch.addmm(grad_weight, rounded.T, part, out_dtype=grad_weight.dtype, out=grad_weight)
+            else:
                 grad_weight.addmm_(grad_logits.T, part.to(grad.dtype))
         return (
             grad_states,

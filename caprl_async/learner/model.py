@@ -15,7 +15,7 @@ from caprl_async.config import LearnerConfig, Prefix
 from caprl_async.data.processor import Grid
 from caprl_async.learner.batch import BadBatch, TrainSequence
 from caprl_async.learner.head import ScoringHead
-from caprl_async.learner.prefix import use_shared_prefix
+from caprl_async.learner.prefix import use_packed_images, use_shared_prefix
 from caprl_async.learner.tensors import (
     MicroTensors,
     Pixels,
@@ -24,6 +24,7 @@ from caprl_async.learner.tensors import (
     collate_shared,
 )
 
+_ALIGNED = 8  # entries of bfloat16 that make 16 bytes
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 SHARED_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -91,7 +92,8 @@ def choose_prefix(model: Any, wanted: Prefix) -> tuple[Prefix, str]:
 def checkpoint_activations(model: Any, config: LearnerConfig) -> None:
     """Recomputes activations in backward; ZeRO-3 needs reentrant checkpoints."""
     reentrant = config.zero_stage == 3
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    # Nothing in a forward pass is random.
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant, "preserve_rng_state": False})
     # transformers makes every embedding's output need a gradient, the frozen tower's too.
     model.disable_input_require_grads()
     if config.freeze_vision or config.lora.rank:
@@ -101,6 +103,36 @@ def checkpoint_activations(model: Any, config: LearnerConfig) -> None:
         model.get_input_embeddings().register_forward_hook(
             lambda module, args, embeds: embeds.requires_grad_(True)
         )
+
+
+def use_fast_kernels(hf: Any) -> None:
+    """In bfloat16, norms by one kernel and widths of the tower that a GPU likes; same but for rounding."""
+    for module in hf.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(_norm, module, module.forward)
+    for block in hf.model.visual.blocks:
+        layers = [module for module in block.mlp.modules() if isinstance(module, nn.Linear)]
+        if any(layer.out_features % _ALIGNED for layer in layers):
+            for layer in layers:
+                layer.forward = partial(_filled_up, layer)  # type: ignore[method-assign]
+
+
+def _norm(norm: Any, plain: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
+    """transformers' own takes eight kernels, most of them in float32."""
+    if states.dtype is not torch.bfloat16:
+        return plain(states)
+    return nn.functional.rms_norm(states, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def _filled_up(layer: nn.Linear, states: Tensor) -> Tensor:
+    """A linear layer that gives, and takes, rows filled up with zeros to a multiple of `_ALIGNED`.
+
+    With rows of another length, as the 3420 of Qwen2.5-VL's tower, matrix products take three times as long.
+    """
+    more = -layer.out_features % _ALIGNED if states.dtype is torch.bfloat16 else 0
+    weight = nn.functional.pad(layer.weight, (0, states.shape[-1] - layer.in_features, 0, more))
+    bias = None if layer.bias is None else nn.functional.pad(layer.bias, (0, more))
+    return nn.functional.linear(states, weight, bias)
 
 
 def prompt_positions(model: Any, image_token_id: int) -> Positions:
@@ -150,6 +182,9 @@ class PolicyModel(nn.Module):
         hf.lm_head = ScoringHead(hf.lm_head.weight, banned, temperature, chunk)
         if prefix is Prefix.shared:
             use_shared_prefix(hf.model.language_model)
+        if hf.config.model_type in SHARED_FAMILIES:
+            use_packed_images(hf.model.visual)
+            use_fast_kernels(hf)
         self.hf: Any = hf
 
     def forward(self, batch: MicroTensors) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,10 @@ itself; a caption token to its whole prompt and to its caption up to itself; to 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -17,6 +19,10 @@ from torch.autograd.function import once_differentiable
 ATTENTION = "caprl_shared_prefix"
 """Name of `attend` among the attention functions of transformers."""
 
+TOWER_ATTENTION = "caprl_flash_tower"
+"""Name of `attend_images`; by the "flash" in it transformers knows not to take the images apart itself."""
+
+_CPU = torch.device("cpu")
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -40,11 +46,33 @@ class GroupSpan:
 
 
 @dataclass(frozen=True)
+class Runs:
+    """Where sequences lie in rows of tokens: one after the other without a gap."""
+
+    ends: tuple[int, ...]
+    bounds: Tensor  # 0 and the ends, int32, on the device
+
+    @classmethod
+    def of(cls, lengths: Iterable[int], device: torch.device) -> Runs:
+        ends = tuple(accumulate(lengths))
+        return cls(ends, torch.tensor((0, *ends), dtype=torch.int32, device=device))
+
+    @cached_property
+    def slices(self) -> list[slice]:
+        return [slice(start, end) for start, end in zip((0, *self.ends), self.ends, strict=False)]
+
+    @cached_property
+    def longest(self) -> int:
+        return max(run.stop - run.start for run in self.slices)
+
+
+@dataclass(frozen=True)
 class Layout:
-    """The groups of one row, side by side without a gap; on a GPU also their block-sparse mask."""
+    """The groups of one row, side by side without a gap; for FlexAttention also their block-sparse mask."""
 
     groups: tuple[GroupSpan, ...]
-    block_mask: Any = None
+    device: torch.device = _CPU
+    block_mask: Any = field(default=None, compare=False)
 
     @property
     def length(self) -> int:
@@ -61,9 +89,29 @@ class Layout:
                 found[1, start:end] = number
         return found
 
+    @cached_property
+    def own(self) -> Runs:
+        """Each prompt and each caption by itself."""
+        lengths = ((g.prompt_end - g.start, *(end - at for at, end in g.captions)) for g in self.groups)
+        return Runs.of(chain.from_iterable(lengths), self.device)
+
+    @cached_property
+    def prompts(self) -> tuple[Tensor, Runs]:
+        """Places of the prompts' tokens, and the run of each group in them."""
+        return self._parts([(g.start, g.prompt_end) for g in self.groups])
+
+    @cached_property
+    def captions(self) -> tuple[Tensor, Runs]:
+        """Places of the captions' tokens, and the run of each group in them."""
+        return self._parts([(g.prompt_end, g.end) for g in self.groups])
+
+    def _parts(self, spans: Sequence[tuple[int, int]]) -> tuple[Tensor, Runs]:
+        places = torch.cat([torch.arange(start, end) for start, end in spans]).to(self.device)
+        return places, Runs.of((end - start for start, end in spans), self.device)
+
     def on(self, device: torch.device) -> Layout:
-        """The same with what the attention kernel of `device` needs."""
-        return self if device.type == "cpu" else self.with_block_mask(device)
+        """The same for tensors of `device`."""
+        return replace(self, device=device)
 
     def with_block_mask(self, device: torch.device) -> Layout:
         """For FlexAttention; on the way there is a mask of L x L bytes."""
@@ -76,7 +124,12 @@ class Layout:
         mask = create_block_mask(
             mask_of(self.owners().to(device)), None, None, self.length, self.length, device
         )
-        return Layout(self.groups, mask)
+        return Layout(self.groups, device, mask)
+
+
+@lru_cache(maxsize=1)  # all layers of a micro-batch
+def _with_block_mask(layout: Layout) -> Layout:
+    return layout.with_block_mask(layout.device)
 
 
 def mask_of(owners: Tensor) -> Any:
@@ -111,14 +164,14 @@ def attend(
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: query [1, H, L, D], key and value [1, K, L, D] -> [1, L, H, D].
 
-    `torch.nn.attention.flex_attention` on a GPU. Its backward does not run on a CPU, where each part goes
-    through the flash kernel of the CPU by itself.
+    By flash kernels. A GPU has them for bfloat16 alone: float32 goes through FlexAttention there, which must
+    be compiled and is slower.
     """
-    if query.device.type != "cpu":
-        return flex(module, query, key, value, layout, scaling), None
+    if query.is_cuda and query.dtype is not torch.bfloat16:
+        return flex(module, query, key, value, _with_block_mask(layout), scaling), None
     shared = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(shared, dim=1) if shared > 1 else x for x in (key, value))
-    return _TwoPart.apply(query, key, value, layout.groups, scaling).transpose(1, 2), None
+    return _TwoPart.apply(*map(_rows, (query, key, value)), layout, scaling).unsqueeze(0), None
 
 
 def flex(
@@ -130,6 +183,44 @@ def flex(
     return flex_attention_forward(module, query, key, value, layout.block_mask, scaling=scaling)[0]
 
 
+def use_packed_images(tower: Any) -> None:
+    """Makes a vision tower of transformers attend by `attend_images`."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(TOWER_ATTENTION, attend_images)
+    tower.config._attn_implementation = TOWER_ATTENTION
+
+
+def attend_images(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers: query, key and value [1, H, L, D] -> [1, L, H, D].
+
+    `cu_seq_lens_q` bounds images, or an image's windows, that lie side by side and see nothing of each other.
+    There are a hundred windows in a layer: in a kernel of their own each, a GPU would wait for its CPU.
+    """
+    if query.is_cuda and query.dtype is torch.bfloat16:
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = map(_rows, (query, key, value))
+        bounds, longest = cu_seq_lens_q, max_length_q
+        out: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling)
+        return out.unsqueeze(0), None
+    lengths = cu_seq_lens_q.diff().tolist()
+    parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    found = [nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling) for q, k, v in parts]
+    return torch.cat(found, dim=2).transpose(1, 2), None
+
+
 class _TwoPart(torch.autograd.Function):
     """Captions attend to their prompt and to themselves in two kernels, merged by their log-sum-exps.
 
@@ -139,58 +230,92 @@ class _TwoPart(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: Sequence[GroupSpan], scale: float
-    ) -> Tensor:
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        sums = query.new_empty(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
-
-        def part(queries: slice, keys: slice, causal: bool) -> tuple[Tensor, Tensor]:
-            return _flash(query[:, :, queries], key[:, :, keys], value[:, :, keys], 0.0, causal, scale=scale)
-
-        for group in groups:
-            prompt, captions = _slices(group)
-            out[:, :, prompt], sums[:, :, prompt] = part(prompt, prompt, True)
-            for start, end in group.captions:
-                own = slice(start, end)
-                out[:, :, own], sums[:, :, own] = part(own, own, True)
-            seen, seen_sum = part(captions, prompt, False)
-            whole = torch.logaddexp(seen_sum, sums[:, :, captions])
-            share = (seen_sum - whole).exp().unsqueeze(-1)
-            out[:, :, captions] = out[:, :, captions].to(whole.dtype).lerp(seen.to(whole.dtype), share)
-            sums[:, :, captions] = whole
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+        own = _Kernel(layout.own, layout.own, True, scale)
+        (captions, of_captions), (prompts, of_prompts) = layout.captions, layout.prompts
+        across = _Kernel(of_captions, of_prompts, False, scale)
+        out, sums = own.forward(query, key, value)
+        seen, seen_sums = across.forward(query[captions], key[prompts], value[prompts])
+        whole = torch.logaddexp(seen_sums, sums[:, captions])
+        share = (seen_sums - whole).exp().T.unsqueeze(-1)
+        out[captions] = out[captions].to(whole.dtype).lerp(seen.to(whole.dtype), share).to(out.dtype)
+        sums[:, captions] = whole
         ctx.save_for_backward(query, key, value, out, sums)
-        ctx.groups, ctx.scale = groups, scale
+        ctx.kernels, ctx.captions, ctx.prompts = (own, across), captions, prompts
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, sums = ctx.saved_tensors
+        (own, across), captions, prompts = ctx.kernels, ctx.captions, ctx.prompts
         grad = grad.contiguous()
-        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
-
-        def part(queries: slice, keys: slice, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-            rows = (x[:, :, queries] for x in (grad, query))
-            columns = (x[:, :, keys] for x in (key, value))
-            ends = (x[:, :, queries] for x in (out, sums))
-            return _flash_backward(*rows, *columns, *ends, 0.0, causal, scale=ctx.scale)
-
-        for group in ctx.groups:
-            prompt, captions = _slices(group)
-            for start, end in group.captions:
-                own = slice(start, end)
-                for into, found in zip(grads, part(own, own, True), strict=True):
-                    into[:, :, own] = found
-            of_prompt = part(prompt, prompt, True)
-            of_captions, *of_keys = part(captions, prompt, False)
-            grads[0][:, :, prompt] = of_prompt[0]
-            grads[0][:, :, captions] += of_captions
-            for into, found, more in zip(grads[1:], of_prompt[1:], of_keys, strict=True):
-                into[:, :, prompt] = found + more
+        grads = own.backward(grad, out, sums, query, key, value)
+        of_captions = (x[captions] for x in (grad, out))
+        inputs = query[captions], key[prompts], value[prompts]
+        seen = across.backward(*of_captions, sums[:, captions], *inputs)
+        for into, more, places in zip(grads, seen, (captions, prompts, prompts), strict=True):
+            into[places] += more
         return *grads, None, None
 
 
-def _slices(group: GroupSpan) -> tuple[slice, slice]:
-    """The prompt, and all captions."""
-    return slice(group.start, group.prompt_end), slice(group.prompt_end, group.end)
+@dataclass(frozen=True)
+class _Kernel:
+    """Attention of each run of queries [L, H, D] to its run of keys and values, by flash kernels."""
+
+    queries: Runs
+    keys: Runs
+    causal: bool
+    scale: float
+
+    @property
+    def _bounds(self) -> tuple[Tensor, Tensor, int, int]:
+        return self.queries.bounds, self.keys.bounds, self.queries.longest, self.keys.longest
+
+    @property
+    def _pairs(self) -> list[tuple[slice, slice]]:
+        return list(zip(self.queries.slices, self.keys.slices, strict=True))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs [L, H, D] and log-sum-exps [H, L]."""
+        if query.is_cuda:
+            out, sums, *_ = torch.ops.aten._flash_attention_forward(
+                query, key, value, *self._bounds, 0.0, self.causal, False, scale=self.scale
+            )
+            return out, sums
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        sums = query.new_empty(query.shape[1::-1], dtype=torch.promote_types(query.dtype, torch.float32))
+        for mine, theirs in self._pairs:
+            parts = map(_heads, (query[mine], key[theirs], value[theirs]))
+            found, found_sums = _flash(*parts, 0.0, self.causal, scale=self.scale)
+            out[mine], sums[:, mine] = _rows(found), found_sums[0]
+        return out, sums
+
+    def backward(
+        self, grad: Tensor, out: Tensor, sums: Tensor, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value; `out` and `sums` may be of a softmax over more keys."""
+        if grad.is_cuda:
+            unused = torch.empty(2, dtype=torch.uint64, device=grad.device), grad.new_empty(0)  # of dropout
+            states = grad, query, key, value, out, sums.contiguous()
+            return torch.ops.aten._flash_attention_backward(
+                *states, *self._bounds, 0.0, self.causal, *unused, scale=self.scale
+            )
+        of_query, of_key, of_value = (
+            torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
+        )
+        for mine, theirs in self._pairs:
+            inputs = map(_heads, (grad[mine], query[mine], key[theirs], value[theirs], out[mine]))
+            found = _flash_backward(*inputs, sums[None, :, mine], 0.0, self.causal, scale=self.scale)
+            of_query[mine], of_key[theirs], of_value[theirs] = map(_rows, found)
+        return of_query, of_key, of_value
+
+
+def _rows(heads: Tensor) -> Tensor:
+    """[1, H, L, D] -> [L, H, D], without a copy."""
+    return heads[0].transpose(0, 1)
+
+
+def _heads(rows: Tensor) -> Tensor:
+    """Inverse of `_rows`."""
+    return rows.transpose(0, 1).unsqueeze(0)
