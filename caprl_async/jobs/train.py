@@ -171,7 +171,8 @@ class _Training:
         partial, self._writing = self._writing, None
         if partial is not None:
             self.ring.checkpoints.abandon(partial)
-        if self.ring.version.step == self.config.steps:
+        last = partial == self.ring.checkpoints.partial(self.config.steps)
+        if last and self.ring.version.step == self.config.steps:  # else the learner goes back and comes again
             raise SaveFailed(f"the result could not be saved: {error}") from error
         self.console.print(
             f"no checkpoint this time: {error}", style="bold red", markup=False, soft_wrap=True

@@ -50,9 +50,13 @@ class Checkpoints:
         self.folder = folder
         self._keep = keep
 
+    def partial(self, step: int) -> Path:
+        """Where the checkpoint of a step is written before it has its name."""
+        return self.folder / f".partial-{step:06d}"
+
     def begin(self, step: int) -> Path:
         """An empty folder to write the checkpoint of a step into."""
-        partial = self.folder / f".partial-{step:06d}"
+        partial = self.partial(step)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         return partial
