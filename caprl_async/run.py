@@ -38,8 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or {"-h", "--help", "help"} & set(arguments):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
-        print(conf.help_text())
+        _help()
         return 0
     heartbeat = Heartbeat.of_environment()
     code = 1  # of an error that nobody explains
@@ -49,6 +48,13 @@ def main(argv: list[str] | None = None) -> int:
         if heartbeat is not None:
             heartbeat.last_word(code)
     return code
+
+
+def _help() -> None:
+    try:
+        print(conf.help_text(), flush=True)
+    except BrokenPipeError:  # `--help | head` ends quietly; what is left is flushed into nothing
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _explained(arguments: list[str], is_driver: bool) -> int:

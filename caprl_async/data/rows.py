@@ -11,6 +11,9 @@ from typing import Any
 
 from caprl_async.types import Question
 
+REJECTS = "rejects.jsonl"
+"""Name of the file in a run folder that rejects are written to."""
+
 MAX_TEXT = 100_000
 """Characters of the longest text of a row; no judge's or captioner's context holds more."""
 

@@ -24,9 +24,9 @@ from caprl_async.data.images import image_folder
 from caprl_async.learner.recount import differences, told_otherwise
 from caprl_async.learner.rerun import Compared, Rerun, RerunFailed, Stepped, at_home, rerun
 from caprl_async.observe.metrics import Row, read_metrics
-from caprl_async.replay.events import LedgerError
+from caprl_async.replay.events import LedgerError, is_voided
 from caprl_async.replay.line import LineStep, contradictions, surviving_line
-from caprl_async.replay.reading import Reading, is_voided
+from caprl_async.replay.reading import Reading
 from caprl_async.replay.samples import batch_path, recorded_batch
 from caprl_async.replay.saved import read_saved
 from caprl_async.ring.checkpoints import RING, problem

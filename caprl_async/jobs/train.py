@@ -106,14 +106,10 @@ class _Training:
     # ------------------------------------------------------------ training
 
     def _go_on(self) -> None:
-        for folder, wrong in self.ring.checkpoints.sound():
-            if wrong is None:
-                self.console.print(f"going on from {folder}", markup=False)
-                self.algorithm.restore_from_path(str(folder))
-                return
-            self.console.print(
-                f"{folder} cannot be used: {wrong}", style="bold red", markup=False, soft_wrap=True
-            )
+        folder = self.ring.checkpoints.newest_sound(lambda text: _say(self.console, text, "bold red"))
+        if folder is not None:
+            self.console.print(f"going on from {folder}", markup=False)
+            self.algorithm.restore_from_path(str(folder))
 
     def _train(self) -> None:
         config = self.config

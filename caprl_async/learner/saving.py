@@ -111,6 +111,6 @@ def _copy(state: Any, known: dict[int, Tensor]) -> Any:
         return known[id(state)]
     if isinstance(state, dict):
         return type(state)((key, _copy(value, known)) for key, value in state.items())
-    if isinstance(state, list | tuple) and type(state) in (list, tuple):
+    if type(state) in (list, tuple):
         return type(state)(_copy(value, known) for value in state)
     return deepcopy(state)

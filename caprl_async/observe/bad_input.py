@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-REJECTS = "rejects.jsonl"
+from caprl_async.data.rows import REJECTS
 
 COUNTS = {
     "messages_dropped": "messages to the hub that could not be decoded",

@@ -111,13 +111,14 @@ class Lives:
 
 def surviving(rows: Iterable[EventRow]) -> list[EventRow]:
     """The rows that no later epoch has voided; epoch rows themselves stay."""
-    kept: list[EventRow] = []
-    for row in rows:
-        if row.event is Event.EPOCH:
-            after = row.detail["voids_after"]
-            kept = [old for old in kept if old.seq <= after or old.event is Event.EPOCH]
-        kept.append(row)
-    return kept
+    every = list(rows)
+    epochs = [row for row in every if row.event is Event.EPOCH]
+    return [row for row in every if row.event is Event.EPOCH or not is_voided(row.seq, epochs)]
+
+
+def is_voided(seq: int, epochs: Iterable[EventRow]) -> bool:
+    """Whether one of the rollbacks `epochs` went back behind row `seq`, which came before it."""
+    return any(row.detail["voids_after"] < seq < row.seq for row in epochs)
 
 
 def replay(rows: Iterable[EventRow], folded: Totals | None = None) -> Lives:

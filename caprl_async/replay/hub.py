@@ -16,9 +16,9 @@ from typing import Any
 from msgspec.structs import replace
 
 from caprl_async.config import Config
-from caprl_async.data.images import BadImage, ImageStore
+from caprl_async.data.images import BadImage, ImageStore, image_folder
 from caprl_async.data.load import load_rows
-from caprl_async.data.rows import Dataset, Reject, Row, append_rejects
+from caprl_async.data.rows import REJECTS, Dataset, Reject, Row, append_rejects
 from caprl_async.data.sampler import PromptSampler
 from caprl_async.process import call_me, whereabouts
 from caprl_async.replay.dispatch import Dispatch
@@ -60,10 +60,10 @@ class ReplayQueue:
         self._run_dir.mkdir(parents=True, exist_ok=True)
         self._abstain = config.judge.prompt.abstain
         self._train = load_rows(config.data.train, self._abstain)
-        self._rejects = self._run_dir / "rejects.jsonl"
+        self._rejects = self._run_dir / REJECTS
         self._train.write_rejects(self._rejects)
         self._sampler = PromptSampler(self._train, config.seed, config.data.shuffle)
-        self._images = ImageStore(config.data.image_dir or self._run_dir / "images")
+        self._images = ImageStore(image_folder(config, self._run_dir))
         self._ledger = Ledger(self._run_dir / "ledger.sqlite")
         self._inherited = self._ledger.position > 0
         self._errors: deque[dict[str, Any]] = deque(maxlen=20)

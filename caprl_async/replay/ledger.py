@@ -126,7 +126,7 @@ class Ledger:
         """
         known = self._run(
             "select 1 from events where key = '' and event = 'step' and version = ? "
-            "and seq > (select coalesce(max(seq), 0) from events where event = 'epoch')",
+            "and seq > (select coalesce(max(seq), 0) from events where key = '' and event = 'epoch')",
             str(version),
         )
         if known.fetchone() is None:

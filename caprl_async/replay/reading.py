@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from caprl_async.replay.events import Event, EventRow, Totals
+from caprl_async.replay.events import Event, EventRow, Totals, is_voided
 from caprl_async.replay.ledger import event_rows, folded_totals, open_ledger
 from caprl_async.replay.queue import Kept
 from caprl_async.types import Caption, Question, Verdict, Version
@@ -243,11 +243,6 @@ class Reading:
         if last is None:
             return f"there is no {key}: no prompt has been admitted yet"
         return f"there is no {key}: the ledger holds train/{first} to train/{last}"
-
-
-def is_voided(seq: int, epochs: Iterable[EventRow]) -> bool:
-    """Whether one of the rollbacks `epochs` went back behind row `seq`, which came before it."""
-    return any(row.detail["voids_after"] < seq < row.seq for row in epochs)
 
 
 def _check(name: SampleName, story: Story) -> None:

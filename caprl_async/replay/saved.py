@@ -64,12 +64,28 @@ class Saved(Struct, frozen=True):
     cursor: int = 0
     # index -> attempt of every prompt on its way
     outstanding: dict[int, int] = msgspec.field(default_factory=dict)
-    kept: dict[int, Kept] = msgspec.field(default_factory=dict)  # of those that have captions
+    # of those that have captions: an encoded Kept
+    kept: dict[int, msgspec.Raw] = msgspec.field(default_factory=dict)
     counts: Counts = Counts()
     spreads: tuple[tuple[str, float], ...] = ()
     ledger: str = ""  # identity of the ledger that `position` is a row of
     position: int = 0
     probe: dict[str, Any] | None = None  # the examiner's
+
+    def captions(self, index: int) -> Kept | None:
+        """What is kept of a prompt; None if it had no captions yet.
+
+        Raises:
+            LedgerError: it is damaged.
+        """
+        if index not in self.kept:
+            return None
+        try:
+            return msgspec.msgpack.decode(self.kept[index], type=Kept)
+        except msgspec.MsgspecError as error:
+            raise LedgerError(
+                f"captions of prompt {index} in the checkpoint: {error}"
+            ) from error
 
     def write(self, folder: Path) -> None:
         (folder / QUEUE).write_bytes(encode(self))
@@ -96,7 +112,7 @@ def save(flow: TrainFlow) -> Saved:
         version=queue.version,
         cursor=queue.cursor,
         outstanding={index: life.prompt.attempt for index, life in queue.lives.items()},
-        kept={i: kept for i, (_, kept) in _captions(flow.ledger).items() if i in queue.lives},
+        kept={_index(key): msgspec.Raw(data) for key, (_, _, data) in flow.ledger.journalled().items()},
         counts=Counts.of(flow),
         spreads=tuple(flow.spreads.state()) if flow.spreads is not None else (),
         ledger=flow.ledger.identity,
@@ -122,7 +138,7 @@ def restore(flow: TrainFlow, saved: Saved, version: Version, again: Sequence[Pre
     else:
         oldest = min(saved.outstanding, default=saved.cursor)
         ledger.begin_elsewhere(saved.cursor - len(saved.outstanding), oldest - 1, version)
-    bases = epoch_bases(surviving(ledger.rows()))
+    bases = epoch_bases(ledger.rows())
     flow.reset(Queue(version, saved.cursor, version.step, bases=bases))
     saved.counts.give(flow)
     if flow.spreads is not None:
@@ -139,7 +155,7 @@ def _take_back(flow: TrainFlow, prepared: Prepared, saved: Saved, own: bool) -> 
     if not own:
         flow.admitted(life)
     state, _ = flow.ledger.lives.live[index]
-    kept = saved.kept.get(index)
+    kept = saved.captions(index)
     if kept is None or state not in (Event.JUDGING, Event.READY) or not flow.fresh(kept.group):
         flow.retry(life, Retried.STALE)
         if prepared.image is None or not life.questions:
@@ -147,7 +163,7 @@ def _take_back(flow: TrainFlow, prepared: Prepared, saved: Saved, own: bool) -> 
             flow.evict(life, Evicted.BAD_ROW if prepared.image is None else Evicted.NOT_ASKED)
         return
     life.group, life.asked = kept.group, kept.asked
-    flow.ledger.journal(life.prompt.key, life.prompt.attempt, state.value, encode(kept))
+    flow.ledger.journal(life.prompt.key, life.prompt.attempt, state.value, bytes(saved.kept[index]))
     if state is Event.JUDGING:
         flow.queue.to_judge.append(life)
     elif kept.scored is not None:
@@ -257,6 +273,10 @@ def _last_cut(
 def _captions(ledger: Ledger) -> dict[int, tuple[int, Kept]]:
     """index -> (attempt, captions) of every live prompt that has some."""
     return {
-        int(key.rpartition("/")[2]): (attempt, msgspec.msgpack.decode(data, type=Kept))
+        _index(key): (attempt, msgspec.msgpack.decode(data, type=Kept))
         for key, (attempt, _, data) in ledger.journalled().items()
     }
+
+
+def _index(key: str) -> int:
+    return int(key.rpartition("/")[2])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from caprl_async.files import digest_file, sync_folder
@@ -84,10 +84,14 @@ class Checkpoints:
         """Every checkpoint, the oldest first."""
         return sorted(self.folder.glob("step-*"))
 
-    def sound(self) -> Iterator[tuple[Path, str | None]]:
-        """Every checkpoint, the newest first, with what is wrong with it."""
+    def newest_sound(self, say: Callable[[str], None]) -> Path | None:
+        """The newest checkpoint that is as it was written; `say` hears what is wrong with newer ones."""
         for folder in reversed(self.all()):
-            yield folder, problem(folder)
+            wrong = problem(folder)
+            if wrong is None:
+                return folder
+            say(f"{folder} cannot be used: {wrong}")
+        return None
 
 
 def _files(folder: Path) -> list[str]:

@@ -55,7 +55,7 @@ class Crew:
 
     # ------------------------------------------------------------ start and stop
 
-    def start_all(self) -> None:
+    def start(self) -> None:
         """Places all actors and returns when each is ready to work.
 
         Raises:
@@ -317,9 +317,9 @@ class Crew:
         calls = [getattr(handle, method).remote(*args) for handle in self.learners]
         try:
             return self.get_all(calls, "the learner", on_wait)
+        except (RingLost, LearnersLost):
+            raise
         except RingFailed as error:
-            if isinstance(error, RingLost):
-                raise
             cause = getattr(error.__cause__, "cause", None)
             afresh = isinstance(cause, RanksDisagree) or _out_of_memory(cause)
             if afresh or self._rank_is_dead():  # the others fail for its sake

@@ -51,14 +51,6 @@ class Supervisor(Crew):
         self._saving: list[Any] = []  # ranks that still write
         self._next_word, self._next_look = _FIRST_WORD_S, _LOOK_S
 
-    def start(self) -> None:
-        """Places all actors and returns when each is ready to work.
-
-        Raises:
-            RingFailed: an actor did not come up; the message holds its error.
-        """
-        self.start_all()
-
     # ------------------------------------------------------------ the turn of the ring
 
     def open_admission(self) -> None:
@@ -124,14 +116,14 @@ class Supervisor(Crew):
     def _show(self) -> None:
         self.weights.settle()
         if self._foreign is None:
-            self.get(self.learners[0].restore_snapshot.remote())
+            self.get(self.learners[0].restore_snapshot.remote(), "learner-0")
         else:
-            self.get(self.learners[0].load_foreign.remote(self._foreign))
+            self.get(self.learners[0].load_foreign.remote(self._foreign), "learner-0")
         self.weights.now(self.version if self._foreign is None else FOREIGN)
 
     def finish(self) -> None:
         """No more batches: what is in flight is let go."""
-        self._surviving(lambda: self.weights.settle())
+        self._surviving(self.weights.settle)
         self.ask_hub("pause_admission")
         self.ask_hub("finish")
 
@@ -163,7 +155,7 @@ class Supervisor(Crew):
             self.ask_learners("save", str(path))
             self.ask_hub("save", str(path))
         except LearnersLost as error:
-            self._surviving(self._lose(error))
+            self._go_back(error)
             raise SaveFailed(f"{path} was not written: {error}") from error
         except RingFailed as error:
             raise SaveFailed(f"{path} was not written: {error}") from error
@@ -186,7 +178,7 @@ class Supervisor(Crew):
         try:
             written = self.get_all(pending, "the learner")
         except LearnersLost as error:
-            self._surviving(self._lose(error))
+            self._go_back(error)
             raise SaveFailed(f"the checkpoint was not written: {error}") from error
         except RingFailed as error:
             raise SaveFailed(f"the checkpoint was not written: {error}") from error
@@ -221,36 +213,24 @@ class Supervisor(Crew):
             try:
                 return act()
             except LearnersLost as error:
-                lost: LearnersLost | None = error
-            while lost is not None:
-                try:
-                    self._go_back(lost)
-                    lost = None
-                except LearnersLost as again:
-                    lost = again
-
-    def _lose(self, error: LearnersLost) -> Callable[[], None]:
-        """For `_surviving`: a loss that has been noticed already; afterwards there is nothing more to do."""
-        lost = [error]
-
-        def act() -> None:
-            if lost:
-                raise lost.pop()
-
-        return act
+                self._go_back(error)
 
     def _go_back(self, error: LearnersLost) -> None:
+        """Starts the learners again, however often they die meanwhile, and goes back to a checkpoint."""
+        lost: LearnersLost | None = error
+        while lost is not None:
+            try:
+                self._begin_again(lost)
+                lost = None
+            except LearnersLost as again:
+                lost = again
+
+    def _begin_again(self, error: LearnersLost) -> None:
         self._saving = []
         self.restart_learners(str(error))
-        for folder, wrong in self.checkpoints.sound():
-            if wrong is None:
-                self._say(f"going back to {folder}")
-                self._load(folder / RING)
-                break
-            self._say(f"{folder} cannot be used: {wrong}")
-        else:
-            self._say("there is no checkpoint yet: going back to the start")
-            self._load(None)
+        folder = self.checkpoints.newest_sound(self._say)
+        self._say(f"going back to {folder or 'the start: there is no checkpoint yet'}")
+        self._load(folder / RING if folder is not None else None)
         if self._foreign is not None:
             self._show()
 
