@@ -83,9 +83,7 @@ class Saved(Struct, frozen=True):
         try:
             return msgspec.msgpack.decode(self.kept[index], type=Kept)
         except msgspec.MsgspecError as error:
-            raise LedgerError(
-                f"captions of prompt {index} in the checkpoint: {error}"
-            ) from error
+            raise LedgerError(f"captions of prompt {index} in the checkpoint: {error}") from error
 
     def write(self, folder: Path) -> None:
         (folder / QUEUE).write_bytes(encode(self))
