@@ -121,29 +121,29 @@ def test_two_updates_equal_a_plain_loop(tmp_path: Path) -> None:
     mp.spawn(two_updates, (str(tmp_path),), nprocs=1)
 
 
-def bad_gradients(_: int, folder: str, stage: int, dtype: str) -> None:
+def bad_gradients(_: int, folder: str) -> None:
     join_alone()
     from caprl_async.learner.batch import NotFinite
     from caprl_async.learner.trainer import Trainer
 
     processor = tiny_processor()
     batch = make_batch(processor, images(Path(folder), 2), 3, lengths=(2, 6))
-    trainer = Trainer(tiny_config(zero_stage=stage, dtype=dtype), processor, 0, 1)
-    before = trainer.engine.gather(trainer.hf)
-    named = dict(trainer.hf.named_parameters())
-    named["model.language_model.norm.weight"].register_hook(lambda gradient: gradient * math.inf)
-    with pytest.raises(NotFinite, match="gradient") as stopped:
-        trainer.train(batch)
-    assert len(stopped.value.captions) == 6
-    after = trainer.engine.gather(trainer.hf)
-    assert before is not None
-    assert after is not None
-    assert all(torch.equal(after[name], before[name]) for name in before), "the optimizer has moved"
+    for stage, dtype in ((0, "float32"), (1, "float32"), (1, "bfloat16"), (2, "bfloat16"), (3, "bfloat16")):
+        trainer = Trainer(tiny_config(zero_stage=stage, dtype=dtype), processor, 0, 1)
+        before = trainer.engine.gather(trainer.hf)
+        named = dict(trainer.hf.named_parameters())
+        named["model.language_model.norm.weight"].register_hook(lambda gradient: gradient * math.inf)
+        with pytest.raises(NotFinite, match="gradient") as stopped:
+            trainer.train(batch)
+        assert len(stopped.value.captions) == 6
+        after = trainer.engine.gather(trainer.hf)
+        assert before is not None
+        assert after is not None
+        moved = [name for name in before if not torch.equal(after[name], before[name])]
+        assert not moved, f"ZeRO {stage}, {dtype}: the optimizer has moved"
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    ("stage", "dtype"), [(0, "float32"), (1, "float32"), (1, "bfloat16"), (2, "bfloat16"), (3, "bfloat16")]
-)
-def test_a_gradient_that_is_no_number_moves_nothing(tmp_path: Path, stage: int, dtype: str) -> None:
-    mp.spawn(bad_gradients, (str(tmp_path), stage, dtype), nprocs=1)
+def test_a_gradient_that_is_no_number_moves_nothing(tmp_path: Path) -> None:
+    """At any ZeRO stage, in float32 and in bfloat16."""
+    mp.spawn(bad_gradients, (str(tmp_path),), nprocs=1)

@@ -25,6 +25,8 @@ SMALL = ["evaluate.heldout_judge.model=", "evaluate.heldout_judge.data=", "evalu
 
 LETTERS = "judge.model=pkg:tiny/models/judge_letters"
 LENGTHS = ["reward.length_free=0", "reward.length_max=40"]
+TWO = ["learner.num_ranks=2", "learner.zero_stage=1", "rollout.num_actors=2"]
+KL = ["learner.kl.coef=0.01"]
 
 
 @pytest.fixture
@@ -54,6 +56,7 @@ def _checkpoint(ring: Supervisor) -> None:
 def test_whoever_is_killed_or_hangs_comes_back_and_nothing_is_lost(
     tmp_path: Path, stopped: list[Supervisor]
 ) -> None:
+    """Kills of rollout and queue: test_tools_chaos.py."""
     said: list[str] = []
     short = ["ring.hang_timeout_s=10", "replay.peer_timeout_s=5", "observe.record_batches=true"]
     config = conf.load(
@@ -73,24 +76,22 @@ def test_whoever_is_killed_or_hangs_comes_back_and_nothing_is_lost(
         turn(3)
 
     turn(1)
-    for handle in (ring.rollouts[0], ring.judges[0], ring.hub):
-        hit(handle, signal.SIGKILL)
-    assert ring.version == Version(0, 10)
+    hit(ring.judges[0], signal.SIGKILL)
+    assert ring.version == Version(0, 4)
     _checkpoint(ring)
     turn(2)
     hit(ring.learners[0], signal.SIGKILL)
-    assert ring.version == Version(1, 13), "it went back to step 10"
+    assert ring.version == Version(1, 7), "it went back to step 4"
     hit(ring.hub, signal.SIGSTOP)
     hit(ring.learners[0], signal.SIGSTOP)
-    assert ring.version == Version(2, 13)
+    assert ring.version == Version(2, 7)
     ring.finish()
 
-    for name in ("rollout-0", "judge-0", "replay-queue"):
-        assert f"{name} died; starting it again" in said
+    assert "judge-0 died; starting it again" in said
     assert sum("no sign of life" in text for text in said) == 2
     audit = ring.audit()
     assert (audit["violations"], audit["lost"], audit["doubled"]) == ([], 0, 0)
-    assert audit["ended"]["trained"] == 13 * 4
+    assert audit["ended"]["trained"] == 7 * 4
     learner = ring.get(ring.learners[0].weights_fingerprint.remote())
     assert ring.get(ring.rollouts[0].weights_fingerprint.remote()) == learner
 
@@ -175,13 +176,11 @@ def test_a_node_that_is_lost_is_made_up_for_by_another(
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["replay.max_staleness=0"],
-        ["learner.num_ranks=2", "learner.zero_stage=1", "rollout.num_actors=2"],
         # With so few draws captions are often equal; their lengths tell them apart.
-        [LETTERS, "judge.mode=sample", "judge.draws=4", "learner.kl.coef=0.01", "reward.length=1", *LENGTHS],
-        [LETTERS, "judge.mode=expected", "learner.updates_per_batch=2", "learner.zero_stage=3"],
+        [LETTERS, "judge.mode=sample", "judge.draws=4", "reward.length=1", *LENGTHS, *TWO],
+        [LETTERS, "judge.mode=expected", "learner.updates_per_batch=2", "learner.zero_stage=3", *KL],
     ],
-    ids=["synchronous", "two ranks and two rollouts", "sample", "expected"],
+    ids=["sample, two ranks and two rollouts", "expected, two updates, ZeRO 3"],
 )
 def test_the_ring_turns_in_other_settings(
     overrides: list[str], tmp_path: Path, stopped: list[Supervisor]
@@ -195,11 +194,6 @@ def test_the_ring_turns_in_other_settings(
     steps = [ring.step() for _ in range(3)]
     ring.finish()
     assert all(math.isfinite(step["loss"]) and step["groups"] == 4 for step in steps)
-    if config.replay.max_staleness == 0:
-        for step in steps:
-            assert step["staleness_max"] == 0
-            assert step["logprob_gap_fresh_max"] < 1e-3
-            assert step["importance_max"] == pytest.approx(1.0, abs=1e-3)
     learner = ring.get(ring.learners[0].weights_fingerprint.remote())
     for rollout in ring.rollouts:
         assert ring.get(rollout.weights_fingerprint.remote()) == learner
