@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,6 +50,18 @@ def failure(name: str, error: RayError) -> RingFailed:
     if isinstance(error, _LOST) and not isinstance(error, RayTaskError):
         return RingLost(f"Ray is gone: {_said(error)}")
     return RingFailed(f"{name or 'the ring'} failed: {_said(error)}")
+
+
+def out_of_memory(error: RingFailed) -> bool:
+    """Whether a call failed because its process has no memory left: a fresh one may have some.
+
+    Beside MemoryError: allocators of torch and CUDA, threads that cannot be started, calls of the system.
+    """
+    cause = getattr(error.__cause__, "cause", None)
+    if isinstance(cause, OSError):
+        return cause.errno == errno.ENOMEM
+    told = isinstance(cause, RuntimeError) and re.search("memory|can't start new thread", str(cause))
+    return isinstance(cause, MemoryError) or bool(told)
 
 
 def _said(error: RayError) -> str:

@@ -18,7 +18,7 @@ from caprl_async.replay.hub import HubAsleep, ReplayQueue
 from caprl_async.replay.transport import HubAddress, HubKeys
 from caprl_async.ring import cluster
 from caprl_async.ring.actors import HUB, ActorSpec, Roster, reserve, roster, spawn
-from caprl_async.ring.calls import wait_for
+from caprl_async.ring.calls import out_of_memory, wait_for
 from caprl_async.ring.errors import ActorLost, LearnersLost, RingFailed, RingLost
 from caprl_async.ring.publisher import Publisher
 from caprl_async.ring.watch import Watch
@@ -301,7 +301,10 @@ class Crew:
             except ActorLost:
                 self._pause()
             except RingFailed as error:
-                if not isinstance(getattr(error.__cause__, "cause", None), HubAsleep):
+                if out_of_memory(error) and self._watch is not None:
+                    self._say(f"{error}; it is killed")
+                    self._watch.kill(HUB)
+                elif not isinstance(getattr(error.__cause__, "cause", None), HubAsleep):
                     raise
                 self._pause()
 
@@ -321,7 +324,7 @@ class Crew:
             raise
         except RingFailed as error:
             cause = getattr(error.__cause__, "cause", None)
-            afresh = isinstance(cause, RanksDisagree) or _out_of_memory(cause)
+            afresh = isinstance(cause, RanksDisagree) or out_of_memory(error)
             if afresh or self._rank_is_dead():  # the others fail for its sake
                 raise LearnersLost(str(error)) from error
             raise
@@ -385,8 +388,3 @@ class Crew:
         handle = spawn(spec, self._group, actor_class, *args, life=self._lives)
         self._handles[spec.name] = handle
         return handle
-
-
-def _out_of_memory(error: BaseException | None) -> bool:
-    """Whether a rank had no memory left: a fresh process may have, and `ring.restarts` bounds the tries."""
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
