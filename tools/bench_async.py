@@ -47,12 +47,18 @@ QUIET = [
     *("evaluate.dense_policy=", "evaluate.probe_images=0", "checkpoint.interval=100000"),
 ]
 """Nothing but training."""
+
 STAGES = {"rollout": "rollout-", "judge": "judge-", "learner": "learner-"}
 """Beginnings of their processes' titles (caprl_async/process.py)."""
 COMPUTES = {"rollout": 0.2, "judge": 0.2, "learner": 0.05}
 """Share of its process's CPU time above which a stage's thread is taken to compute."""
 OVERHEAD = (*(f"around {stage}" for stage in STAGES), "queue", "driver", "ray")
 _POLL_S = 0.05
+
+
+def room_for(tokens: int) -> tuple[str, str]:
+    """Keys that let captions be so long; the queue takes none that is longer."""
+    return f"rollout.max_tokens={tokens}", f"rollout.engine.max_model_len={tokens + 256}"
 
 
 # ---------------------------------------------------------------- stages that wait
@@ -74,6 +80,7 @@ def emulate(lag: int, times: Times, args: argparse.Namespace, run_dir: Path) -> 
             *(f"replay.max_staleness={lag}", f"replay.batch_groups={args.groups}"),
             f"rollout.max_requests_in_flight_per_actor={args.in_flight}",
             f"judge.max_requests_in_flight_per_actor={held}",
+            *room_for(args.tokens),
         ]
     )
     ring = EmulatedRing(config, times)

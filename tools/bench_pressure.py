@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from bench_async import QUIET
+from bench_async import QUIET, room_for
 from emulated_ring import EmulatedRing, Times
 from rich.console import Console
 from rich.table import Table
@@ -46,6 +46,7 @@ def run(times: Times, args: argparse.Namespace, run_dir: Path) -> dict[str, floa
         [
             *("conf=conf/demo.yaml", f"run_dir={run_dir}", *QUIET),
             *(f"replay.batch_groups={args.groups}", f"replay.max_staleness={args.max_staleness}"),
+            *room_for(args.tokens),
         ]
     )
     ring = EmulatedRing(config, times)
