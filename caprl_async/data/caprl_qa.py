@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from caprl_async.data.parquet import parquet_records
 from caprl_async.data.questions import collect, from_mapping, literal
-from caprl_async.data.rows import BadRow, DataError, Reject, Row, checked, id_of, place
+from caprl_async.data.rows import BadRow, Reject, Row, checked, id_of, place
 
 _NEEDED = ("id", "image", "reward_model")
 _OPTIONAL = ("prompt", "reference_caption", "facts")
-_BATCH = 256  # rows decoded at a time
 _SHOWN = 300  # characters of a path
-_NO_VALUE = (pa.ArrowException, ValueError, OverflowError)  # broken UTF-8, a date beyond Python's years
 
 
 def read(path: Path, abstain: str) -> Iterator[Row | Reject]:
@@ -25,36 +21,8 @@ def read(path: Path, abstain: str) -> Iterator[Row | Reject]:
     Raises:
         DataError: no parquet file, a damaged one, or a column is missing.
     """
-    try:
-        with pq.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            for name in _NEEDED:
-                if name not in columns:
-                    raise DataError(f"{path}: column {name!r} is missing; the file has {', '.join(columns)}")
-            wanted = [name for name in (*_NEEDED, *_OPTIONAL) if name in columns]
-            number = 0
-            for batch in file.iter_batches(batch_size=_BATCH, columns=wanted):
-                for record in _records(batch):
-                    number += 1
-                    yield from read_record(record, place(path, number), path.parent, abstain)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a readable parquet file: {error}") from error
-
-
-def _records(batch: pa.RecordBatch) -> Iterable[Mapping[str, Any]]:
-    """The rows of a batch; where a value is none for Python, the error stands in its place."""
-    try:
-        return batch.to_pylist()
-    except _NO_VALUE:
-        names = batch.schema.names
-        return [{name: _value(batch.column(name), row) for name in names} for row in range(len(batch))]
-
-
-def _value(column: pa.Array, row: int) -> Any:
-    try:
-        return column[row].as_py()
-    except _NO_VALUE as error:
-        return error
+    for number, record in parquet_records(path, _NEEDED, _OPTIONAL):
+        yield from read_record(record, place(path, number), path.parent, abstain)
 
 
 def read_record(record: Mapping[str, Any], name: str, folder: Path, abstain: str) -> Iterator[Row | Reject]:

@@ -1,0 +1,249 @@
+"""The benchmarks that are known: how a row of their files becomes items, and by which rule those count.
+
+Two kinds of files are read: the TSV files of VLMEvalKit and the parquet files of Hugging Face data sets (as
+lmms-eval takes them). Their columns differ in name only, so one function reads both. Which benchmark a file
+is, the conf says; it is never guessed from a path.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from caprl_async.benchmarks.items import Item, Rule
+from caprl_async.benchmarks.reading import listed
+from caprl_async.benchmarks.records import MissingColumn, Record, inline_options, unlettered
+from caprl_async.data.rows import BadRow
+
+Build = Callable[[Record], Iterator[Item]]
+
+_LETTER = re.compile(r"\s*\(?([A-Z])\)?[.:]?\s*")
+_PLACED = re.compile(r"<image\s*\d*>")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How one benchmark's files are read and its items are summed up."""
+
+    title: str
+    build: Build
+    images: tuple[str, ...] = ("image",)  # columns that may hold them, in order
+    macro: bool = False  # the mean over categories of their means, not over items
+
+
+# ---------------------------------------------------------------- what many have
+
+
+def _item(record: Record, question: str, golds: tuple[str, ...], rule: Rule, **more: Any) -> Item:
+    hint = record.maybe_text("hint", "context")
+    asked = _PLACED.sub(_named(record), f"{hint}\n{question}" if hint else question).strip()
+    more.setdefault("category", record.maybe_text("category", "Category", "subfield", "subject", "type"))
+    return Item(record.item_id, record.images, asked, golds, rule, **more)
+
+
+def _named(record: Record) -> Callable[[re.Match[str]], str]:
+    """`<image 2>` in a question becomes words if there are several images, nothing if there is one."""
+
+    def words(match: re.Match[str]) -> str:
+        return match[0].strip("<>") if len(record.images) > 1 else ""
+
+    return words
+
+
+def _letter(record: Record, options: tuple[str, ...], *names: str) -> str:
+    """The gold answer as a letter, from a letter, an index from 0, or an option's text.
+
+    Raises:
+        BadRow: it is none of these.
+    """
+    answer = record.text(*names)
+    if match := _LETTER.fullmatch(answer):
+        return match[1]
+    if answer in options:
+        return chr(ord("A") + options.index(answer))
+    if answer.isdigit() and int(answer) < len(options):
+        return chr(ord("A") + int(answer))
+    raise BadRow("gold_not_an_option", f"{answer!r}, options {options}"[:300])
+
+
+def _choice(record: Record, question: str, options: tuple[str, ...], circle: str = "") -> Item:
+    return _item(
+        record,
+        question,
+        (_letter(record, options, "answer", "label"),),
+        Rule.CHOICE,
+        options=options,
+        circle=circle,
+    )
+
+
+def _options(record: Record) -> tuple[str, ...]:
+    """From columns A, B, ..., or choice_a ..., or a list; none if there are none."""
+    lettered = record.lettered() or record.lettered("choice_")
+    if lettered:
+        return lettered
+    if record.maybe("options", "choices", "multi-choice options") is None:
+        return ()
+    return unlettered(record.texts("options", "choices", "multi-choice options"))
+
+
+def _letters(record: Record) -> Iterator[Item]:
+    """A question with its options in columns, in a list, or at the question's end."""
+    question, options = record.text("question"), _options(record)
+    if not options:
+        question, options = inline_options(question)
+    if not options:
+        raise MissingColumn(["A, B, ...", "options"], list(record.values))
+    yield _choice(record, question, options)
+
+
+# ---------------------------------------------------------------- one by one
+
+
+def _mmmu(record: Record) -> Iterator[Item]:
+    """Multiple choice, or an open question where there is no option."""
+    options = _options(record)
+    if options and record.maybe_text("question_type") != "open":
+        yield _choice(record, record.text("question"), options)
+    else:
+        yield _item(record, record.text("question"), record.texts("answer"), Rule.OPEN)
+
+
+def _chartqa(record: Record) -> Iterator[Item]:
+    yield _item(record, record.text("question", "query"), record.texts("answer", "label"), Rule.RELAXED,
+                category=record.maybe_text("split", "type", "human_or_machine"))  # fmt: skip
+
+
+def _document(record: Record) -> Iterator[Item]:
+    yield _item(record, record.text("question"), record.texts("answers", "answer"), Rule.ANLS)
+
+
+def _charxiv(record: Record) -> Iterator[Item]:
+    """Reasoning questions, and descriptive ones if written out: of those the data set keeps numbers only."""
+    if record.maybe("question") is not None:
+        yield _item(record, record.text("question"), record.texts("answer"), Rule.GRADED)
+        return
+    yield _item(
+        record, record.text("reasoning_q"), (record.text("reasoning_a"),), Rule.GRADED, category="reasoning"
+    )
+
+
+def _chartqapro(record: Record) -> Iterator[Item]:
+    """The last turn of a conversation, with the turns before it."""
+    questions = record.texts("question", "Question")
+    answers, kind = record.texts("answer", "Answer"), record.text("question_type", "Question Type")
+    flags = record.texts("year", "Year") if record.maybe("year", "Year") is not None else ()
+    years = tuple(flag.upper() == "YES" for flag in flags)
+    paragraph = record.maybe_text("paragraph", "Paragraph")
+    before = [f"{q}\n{a}" for q, a in zip(questions[:-1], answers, strict=False)]
+    golds = tuple(listed(answers[-1]) or answers[-1:])
+    if kind.casefold() == "conversational":
+        years = years[-1:]
+    question = "\n".join(part for part in (paragraph, *before, questions[-1]) if part)
+    yield _item(record, question, golds, Rule.CHART_PRO, kind=kind, category=kind, years=years)
+
+
+def _mathvista(record: Record) -> Iterator[Item]:
+    question, kind = record.text("question"), record.maybe_text("answer_type") or "text"
+    unit = record.maybe_text("unit")
+    options = _options(record)
+    if options:
+        yield _choice(record, question, options)
+        return
+    precision = int(float(record.maybe_text("precision") or 2))
+    asked = f"{question} (Unit: {unit})" if unit else question
+    yield _item(record, asked, (record.text("answer"),), Rule.TYPED, kind=kind, precision=precision)
+
+
+def _mathverse(record: Record) -> Iterator[Item]:
+    """Options stand at the end of the question; without them the answer is a number or an expression."""
+    question, options = inline_options(record.text("question", "query_wo"))
+    category = record.maybe_text("problem_version")
+    if options and _LETTER.fullmatch(record.text("answer")):
+        gold = (_letter(record, options, "answer"),)
+        yield _item(record, question, gold, Rule.CHOICE, options=options, category=category)
+    else:
+        yield _item(
+            record,
+            record.text("question", "query_wo"),
+            (record.text("answer"),),
+            Rule.MATH,
+            category=category,
+        )
+
+
+def _mathvision(record: Record) -> Iterator[Item]:
+    options = _options(record)
+    if options:
+        yield _choice(record, record.text("question"), options)
+    else:
+        yield _item(record, record.text("question"), (record.text("answer"),), Rule.MATH)
+
+
+def _wemath(record: Record) -> Iterator[Item]:
+    options = record.lettered()
+    if not options:
+        _, options = inline_options(record.text("option"))
+    yield _choice(record, record.text("question"), options)
+
+
+def _visulogic(record: Record) -> Iterator[Item]:
+    """Four options, which are in the image or the question."""
+    yield _choice(record, record.text("question"), ("A", "B", "C", "D"))
+
+
+def _realworldqa(record: Record) -> Iterator[Item]:
+    """Options where there are some, else a short answer."""
+    question, options = record.text("question"), _options(record)
+    if not options:
+        question, options = inline_options(question)
+    if options and _LETTER.fullmatch(record.text("answer")):
+        yield _choice(record, question, options)
+    else:
+        yield _item(record, record.text("question"), (record.text("answer"),), Rule.EXACT)
+
+
+def _gqa(record: Record) -> Iterator[Item]:
+    yield _item(record, record.text("question"), (record.text("answer"),), Rule.EXACT)
+
+
+def _mmbench(record: Record) -> Iterator[Item]:
+    """Rows whose indices differ by a multiple of 1e6 are one question with its options turned round."""
+    index = record.text("index")
+    circle = str(int(index) % 1_000_000) if index.isdigit() else index
+    yield _choice(record, record.text("question"), _options(record), circle)
+
+
+def _mmvet(record: Record) -> Iterator[Item]:
+    yield _item(record, record.text("question"), (record.text("answer"),), Rule.GRADED,
+                category=record.maybe_text("capability", "category"))  # fmt: skip
+
+
+_SEVEN = ("image", *(f"image_{number}" for number in range(1, 8)))
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "ai2d": Benchmark("AI2D", _letters),
+    "mmstar": Benchmark("MMStar", _letters),
+    "mmmu": Benchmark("MMMU", _mmmu, _SEVEN),
+    "mmmu_pro": Benchmark("MMMU-Pro", _mmmu, _SEVEN),
+    "seed2plus": Benchmark("SEED-Bench-2-Plus", _letters),
+    "seed": Benchmark("SEED-Bench", _letters),
+    "chartqa": Benchmark("ChartQA", _chartqa),
+    "infovqa": Benchmark("InfographicVQA", _document),
+    "docvqa": Benchmark("DocVQA", _document),
+    "charxiv": Benchmark("CharXiv", _charxiv),
+    "chartqapro": Benchmark("ChartQAPro", _chartqapro),
+    "mathvista": Benchmark("MathVista", _mathvista, ("decoded_image", "image")),
+    "mathverse": Benchmark("MathVerse", _mathverse),
+    "mathvision": Benchmark("MathVision", _mathvision, ("decoded_image", "image")),
+    "wemath": Benchmark("We-Math", _wemath, ("image", "image_path")),
+    "visulogic": Benchmark("VisuLogic", _visulogic, ("image", "image_path")),
+    "realworldqa": Benchmark("RealWorldQA", _realworldqa),
+    "gqa": Benchmark("GQA", _gqa, ("image", "imageId")),
+    "mmbench": Benchmark("MMBench", _mmbench),
+    "mmvet": Benchmark("MM-Vet", _mmvet),
+    "mme_realworld": Benchmark("MME-RealWorld", _letters, macro=True),
+}
+"""By the name that `evaluate.benchmark` takes."""
