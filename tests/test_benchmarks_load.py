@@ -261,6 +261,17 @@ def test_a_list_is_scored_by_its_parts(tmp_path: Path) -> None:
     assert (item.golds, item.years) == (("2018", "x, y"), (True, False))
 
 
+def test_an_index_of_ai2d_is_no_text(tmp_path: Path) -> None:
+    row = {"question": Q, "options": ["3", "2", "1", "0"], "answer": "0"}
+    assert only(read("ai2d", write_parquet(tmp_path / "a.parquet", row))).golds == ("A",)
+
+
+def test_an_answer_of_mathvista_is_a_text_even_if_it_is_a_number(tmp_path: Path) -> None:
+    row = {"question": Q, "choices": ["3", "2", "1", "0"], "answer": "0", "answer_type": "integer"}
+    item = only(read("mathvista", write_parquet(tmp_path / "a.parquet", row, column="decoded_image")))
+    assert item.golds == ("D",)
+
+
 def test_circles_of_mmbench(tmp_path: Path) -> None:
     row = {"question": Q, **FOUR, "answer": "A"}
     path = write_tsv(

@@ -53,7 +53,7 @@ def _named(record: Record) -> Callable[[re.Match[str]], str]:
 
 
 def _letter(record: Record, options: tuple[str, ...], *names: str) -> str:
-    """The gold answer as a letter, from a letter, an index from 0, or an option's text.
+    """The gold answer as a letter, from a letter or an option's text.
 
     Raises:
         BadRow: it is none of these.
@@ -63,8 +63,6 @@ def _letter(record: Record, options: tuple[str, ...], *names: str) -> str:
         return match[1]
     if answer in options:
         return chr(ord("A") + options.index(answer))
-    if answer.isdigit() and int(answer) < len(options):
-        return chr(ord("A") + int(answer))
     raise BadRow("gold_not_an_option", f"{answer!r}, options {options}"[:300])
 
 
@@ -100,6 +98,13 @@ def _letters(record: Record) -> Iterator[Item]:
 
 
 # ---------------------------------------------------------------- one by one
+
+
+def _ai2d(record: Record) -> Iterator[Item]:
+    """The answer is a letter, or an index from 0 even where options are numbers."""
+    options, answer = _options(record), record.text("answer")
+    letter = chr(ord("A") + int(answer)) if answer.isdigit() else _letter(record, options, "answer")
+    yield _item(record, record.text("question"), (letter,), Rule.CHOICE, options=options)
 
 
 def _mmmu(record: Record) -> Iterator[Item]:
@@ -224,7 +229,7 @@ def _mmvet(record: Record) -> Iterator[Item]:
 _SEVEN = ("image", *(f"image_{number}" for number in range(1, 8)))
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "ai2d": Benchmark("AI2D", _letters),
+    "ai2d": Benchmark("AI2D", _ai2d),
     "mmstar": Benchmark("MMStar", _letters),
     "mmmu": Benchmark("MMMU", _mmmu, _SEVEN),
     "mmmu_pro": Benchmark("MMMU-Pro", _mmmu, _SEVEN),
