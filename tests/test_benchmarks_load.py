@@ -293,7 +293,7 @@ def test_a_bad_row_costs_only_itself(tmp_path: Path) -> None:
     found = read("ai2d", write_tsv(tmp_path / "a.tsv", row, *bad))
     assert [item.item_id for item in found.items] == ["1"]
     assert [reject.reason for reject in found.rejects] == [
-        "bad_gold", "missing_column", "bad_image", "bad_image", "missing_column", "duplicate_id",
+        "bad_gold", "missing_column", "bad_image", "bad_image", "bad_gold", "duplicate_id",
     ]  # fmt: skip
 
 
