@@ -12,8 +12,8 @@ from typing import Any
 from caprl_async import conf_files, conf_help, conf_learner, conf_loss, conf_values
 from caprl_async.conf_help import value_of
 from caprl_async.config import Blind, Config, EngineConfig, JudgeMode, WeightBackend
+from caprl_async.endpoint.protocol import patience_s
 from caprl_async.judge.chat import clashes as endpoint_clashes
-from caprl_async.judge.chat import patience_s
 from caprl_async.judge.prompt import ALWAYS, WITH_LETTERS, PromptError, check_placeholders
 
 JOBS = {"train": conf_files.problems, "inspect": conf_files.run_problems, "replay": conf_files.run_problems}

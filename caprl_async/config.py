@@ -307,6 +307,19 @@ class EvaluateConfig:
 
 
 @dataclass
+class WriterConfig:
+    """A model that writes: an engine of ours, or one that is served elsewhere."""
+
+    model: str = key("", "folder of a Hugging Face checkpoint")
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    min_pixels: int = key(4 * 28 * 28, "engine of ours: images are enlarged to at least this")
+    max_pixels: int = key(1_000_000, "engine of ours: images are shrunk to at most this")
+    temperature: float = key(0.0, "of its answers; 0: the likeliest token each time")
+    max_tokens: int = key(1024, "longest answer, tokens")
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+@dataclass
 class CheckpointConfig:
     """What is kept."""
 

@@ -33,14 +33,15 @@ from hypothesis import strategies as st
 from judge_kit import CAPTION, PROMPT, question
 
 from caprl_async.config import Config, EndpointConfig, JudgeConfig, JudgeMode
+from caprl_async.data.chat import escape_markup, without_disguise
 from caprl_async.judge import actor as actor_module
 from caprl_async.judge.actor import JudgeActor
-from caprl_async.judge.chat import BRIEFLY, LETTER_ONLY, escape_markup, letter_mass
+from caprl_async.judge.chat import BRIEFLY, LETTER_ONLY, letter_mass
 from caprl_async.judge.endpoint import EndpointAsker
 from caprl_async.judge.judge import Judge
 from caprl_async.judge.letters import read_letter
 from caprl_async.judge.permutations import balanced_orders
-from caprl_async.judge.prompt import JudgePrompter, without_disguise
+from caprl_async.judge.prompt import JudgePrompter
 from caprl_async.judge.verdicts import JudgeConfigError
 from caprl_async.tiny.tokenizer import tokenizer
 from caprl_async.types import Outcome

@@ -10,7 +10,7 @@ import pytest
 from judge_kit import byte_level, question
 
 from caprl_async.config import JudgePromptConfig
-from caprl_async.judge.chat import escape_markup
+from caprl_async.data.chat import escape_markup
 from caprl_async.judge.monitors import hacking_metrics
 from caprl_async.judge.prompt import JudgePrompter
 from caprl_async.tiny.tokenizer import tokenizer

@@ -12,9 +12,10 @@ import torch
 from judge_kit import CAPTION, PROMPT, ReferenceEngine, judge_config, question, save_random_judge
 
 from caprl_async.config import JudgeMode
+from caprl_async.data.chat import load_tokenizer
 from caprl_async.engine.types import Completion, EngineDied, Request, RequestFailed, Response
 from caprl_async.judge.judge import Judge
-from caprl_async.judge.prompt import JudgePrompter, load_tokenizer
+from caprl_async.judge.prompt import JudgePrompter
 from caprl_async.judge.verdicts import JudgeConfigError
 from caprl_async.types import Finish, Outcome, Question, Verdict
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from judge_kit import CAPTION, PROMPT, SPECIAL, byte_level
 
 from caprl_async.config import JudgePromptConfig
-from caprl_async.judge.prompt import JudgePrompter, PromptError, load_tokenizer
+from caprl_async.data.chat import load_tokenizer
+from caprl_async.judge.prompt import JudgePrompter, PromptError
 from caprl_async.tiny.tokenizer import CHAT_TEMPLATE, tokenizer
 
 ATTACKS = [

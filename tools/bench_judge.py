@@ -45,11 +45,12 @@ from rich.console import Console
 from rich.table import Table
 
 from caprl_async.config import EngineConfig, JudgeConfig
+from caprl_async.data.chat import load_tokenizer
 from caprl_async.engine.engine import Engine
 from caprl_async.engine.types import Request, Response
 from caprl_async.judge.judge import Judge
 from caprl_async.judge.letters import read_letter
-from caprl_async.judge.prompt import JudgePrompter, load_tokenizer
+from caprl_async.judge.prompt import JudgePrompter
 from caprl_async.judge.verdicts import SAMPLE_TOKENS
 from caprl_async.tiny.models import MODELS
 

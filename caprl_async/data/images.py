@@ -86,6 +86,16 @@ def decode(data: bytes, name: str) -> Image.Image:
         raise BadImage(f"{name}: {error or type(error).__name__}") from error
 
 
+def media_type(data: bytes) -> str:
+    """Of an encoded image, as image/png.
+
+    Raises:
+        BadImage: it is none that is read.
+    """
+    with open_checked(io.BytesIO(data)) as image:
+        return Image.MIME[image.format or ""]
+
+
 def open_checked(source: str | Path | IO[bytes]) -> Image.Image:
     """An image of which only the header is read, and found to be within the limits.
 

@@ -122,8 +122,7 @@ class PolicyProcessor:
         Raises:
             UnsupportedModel: that does not give exactly one image placeholder.
         """
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
-        rendered = self._processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
+        rendered = self.render(text)
         ids = tuple(self.tokenizer.encode(rendered, add_special_tokens=False))
         if ids.count(self.image_token_id) != 1 or text not in rendered:
             raise UnsupportedModel(
@@ -131,6 +130,14 @@ class PolicyProcessor:
                 f"but gave {rendered!r}"
             )
         return ids
+
+    def render(self, text: str) -> str:
+        """One user turn (image, then `text`) up to the answer, as the chat template writes it."""
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+        rendered: str = self._processor.apply_chat_template(
+            [turn], add_generation_prompt=True, tokenize=False
+        )
+        return rendered
 
     def grid(self, width: int, height: int) -> Grid:
         """Patches of an image of `width` x `height` px after resizing under the caps.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from caprl_async.config import EngineConfig
 from caprl_async.engine import translate
 from caprl_async.engine.build import EngineSpec, VisionLimits, build
-from caprl_async.engine.types import EngineDied, Request, RequestFailed, Response
+from caprl_async.engine.types import EngineDied, EngineStats, Request, RequestFailed, Response
 from caprl_async.types import Version
 
 if TYPE_CHECKING:
@@ -28,19 +28,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 START = Version(0, 0)
 _Outcomes = list[tuple[asyncio.Future[Any], Any]]  # what to set in whose future
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Counters since the engine was ready, and its load now."""
-
-    busy_s: float  # spent in steps and in taking requests in
-    alive_s: float
-    sampled_tokens: int
-    prompt_tokens: int
-    cached_tokens: int  # of the prompt tokens: served from the prefix cache
-    running: int  # requests inside vLLM
-    waiting: int  # requests not yet handed to vLLM
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,19 @@ class Response:
     cached_tokens: int  # of the prompt, served from the prefix cache
 
 
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters since the engine was ready, and its load now."""
+
+    busy_s: float  # spent in steps and in taking requests in
+    alive_s: float
+    sampled_tokens: int
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt tokens: served from the prefix cache
+    running: int  # requests inside vLLM
+    waiting: int  # requests not yet handed to vLLM
+
+
 class EngineDied(RuntimeError):
     """The engine cannot answer any more; the actor that holds it must end."""
 

@@ -6,18 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from caprl_async.config import JudgeConfig, JudgeMode
-from caprl_async.engine.types import EngineDied, Request, RequestFailed, Response
+from caprl_async.data.chat import load_tokenizer
+from caprl_async.engine.types import EngineDied, EngineStats, Request, RequestFailed, Response
 from caprl_async.judge.cache import judge_revision
 from caprl_async.judge.modes import make_mode
-from caprl_async.judge.prompt import JudgePrompter, load_tokenizer
+from caprl_async.judge.prompt import JudgePrompter
 from caprl_async.judge.verdicts import Asking, Planned, no_answer, unscorable
 from caprl_async.types import Question, Verdict
-
-if TYPE_CHECKING:
-    from caprl_async.engine.engine import EngineStats
 
 
 class Asker(Protocol):

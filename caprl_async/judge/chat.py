@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-import msgspec
-
-from caprl_async.config import EndpointConfig, JudgeConfig, JudgeMode
+from caprl_async.config import JudgeConfig, JudgeMode
+from caprl_async.data.chat import escape_markup
+from caprl_async.endpoint.protocol import Choice, Logprobs, Position
 from caprl_async.judge import verdicts
 from caprl_async.judge.letters import read_letter
 from caprl_async.judge.permutations import Order, seed_of
@@ -26,7 +25,6 @@ from caprl_async.judge.prompt import (
     check_placeholders,
     head_text,
     tail_text,
-    without_disguise,
 )
 from caprl_async.judge.verdicts import Asking, JudgeConfigError, Planned
 from caprl_async.types import Question, Verdict
@@ -35,25 +33,10 @@ TOP_LOGPROBS = (20, 5)
 """Likeliest tokens to ask for; the next number where an API refuses the one before."""
 LETTER_ONLY = "Answer with the letter of the option only."
 BRIEFLY = "Answer with a word or a short phrase only."
-PAUSE_S = 8.0
-"""The client's longest pause between two tries, unless the server asks for more."""
-ENDED = (None, "stop", "length")
-"""How an answer may end that is an answer."""
-_MARKUP = re.compile(r"[<\[](?=\S)|\](?=~)")
 
 
 class NoLogprobs(ValueError):
     """An answer comes without the log-probabilities that were asked for."""
-
-
-def escape_markup(text: str) -> str:
-    """Puts a space into what the control tokens of chat models begin with: `<|im_end|>`, `[/INST]`, `]~b]`.
-
-    That is behind each `<` and `[` before a non-space; their wide and small forms, of which some tokenizers
-    make the plain ones, become plain first, and what cannot be seen is taken out. The text stays readable,
-    and escaping it again changes nothing.
-    """
-    return _MARKUP.sub(lambda match: match[0] + " ", without_disguise(text, "<>[]"))
 
 
 def letter_mass(top: Sequence[tuple[str, float]], letters: int, temperature: float) -> list[float]:
@@ -84,62 +67,6 @@ def letter_mass(top: Sequence[tuple[str, float]], letters: int, temperature: flo
         if letter is not None:
             mass[letter] += weight / math.fsum(weights)
     return mass
-
-
-# ---------------------------------------------------------------- an answer, as far as it is read
-
-
-class Token(msgspec.Struct):
-    token: str
-    logprob: float
-
-
-class Position(msgspec.Struct):
-    top_logprobs: list[Token] | None = None
-
-
-class Logprobs(msgspec.Struct):
-    content: list[Position] | None = None  # one per token of the answer
-
-
-class Message(msgspec.Struct):
-    content: str | None = None
-
-
-class Choice(msgspec.Struct):
-    message: Message
-    logprobs: Logprobs | None = None
-    finish_reason: str | None = None
-
-
-class PromptTokens(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
-class Usage(msgspec.Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    prompt_tokens_details: PromptTokens | None = None
-
-
-class Reply(msgspec.Struct):
-    choices: list[Choice]
-    usage: Usage | None = None
-
-
-def read_choice(content: bytes) -> tuple[Choice, Usage]:
-    """The first choice of an answer, and the tokens that it took.
-
-    Raises:
-        ValueError: there is none.
-    """
-    try:
-        reply = msgspec.json.decode(content, type=Reply)
-    except ValueError as error:
-        raise ValueError(f"the server's answer cannot be read: {error}") from None
-    if not reply.choices:
-        raise ValueError("the server's answer has no choices")
-    return reply.choices[0], reply.usage or Usage()
 
 
 # ---------------------------------------------------------------- ways to ask and to score
@@ -248,11 +175,6 @@ def _written(choices: Sequence[Choice]) -> list[str]:
     if not all(text.strip() for text in texts):
         raise ValueError("the server's answer has no text (does the model think first?)")
     return texts
-
-
-def patience_s(endpoint: EndpointConfig) -> float:
-    """Seconds that one request may take, all its tries and the pauses between them included."""
-    return (endpoint.retries + 1) * endpoint.timeout_s + endpoint.retries * PAUSE_S
 
 
 def clashes(config: JudgeConfig) -> Iterator[str]:

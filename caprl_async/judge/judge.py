@@ -10,17 +10,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from caprl_async.config import JudgeConfig, JudgeMode
-from caprl_async.engine.types import EngineDied
+from caprl_async.engine.types import EngineDied, EngineStats
 from caprl_async.judge.asker import Answerer, Asker, EngineAsker
 from caprl_async.judge.cache import VerdictCache, verdict_key
 from caprl_async.judge.verdicts import Asking
 from caprl_async.types import Outcome, Question, Verdict
-
-if TYPE_CHECKING:
-    from caprl_async.engine.engine import EngineStats
 
 
 class Judge:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 import string
-import unicodedata
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from caprl_async.config import JudgePromptConfig
+from caprl_async.data.chat import ChatEncoder, NoChatTemplate, without_disguise
 
 LETTERS = string.ascii_uppercase
 ALWAYS = {"caption": ("caption",), "question": ("question",)}
@@ -19,25 +17,9 @@ ALWAYS = {"caption": ("caption",), "question": ("question",)}
 WITH_LETTERS = {"question": ("options",), "option": ("letter", "text")}
 """The further ones where options are shown with letters."""
 
-_SENTINEL = "CAPRLCONTENT"  # stands for the user's message while the chat template is taken apart
-
 
 class PromptError(ValueError):
     """The judge's tokenizer and `judge.prompt` do not fit together."""
-
-
-def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer as its files say.
-
-    `AutoTokenizer` overrules a checkpoint of type qwen2 that declares a plain `tokenizer.json` and builds
-    Qwen's byte-level one from its vocabulary instead, which reads every text as garbage.
-    """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    described = Path(folder) / "tokenizer_config.json"
-    declared = json.loads(described.read_text()).get("tokenizer_class") if described.is_file() else None
-    plain = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")
-    return (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(folder)
 
 
 class JudgePrompter:
@@ -59,15 +41,11 @@ class JudgePrompter:
         self._tokenizer = tokenizer
         self._config = config
         self._space = " " if config.answer_space else ""
-        added: dict[str, int] = dict(tokenizer.get_added_vocab())
-        harmless = {tokenizer.unk_token_id}  # what a word-level vocabulary makes of any unseen word
-        self._control_ids = ({*added.values(), *tokenizer.all_special_ids}) - harmless
-        names = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
-        self._control_text = re.compile("|".join(map(re.escape, names))) if names else None
-        opening, closing = _chat_scaffold(tokenizer)
-        self._opening = self._scaffold_ids(opening)
-        self._prefill = self.plain_ids(config.prefill)
-        self._closing = (*self._scaffold_ids(closing), *self._prefill)
+        try:
+            self._chat = ChatEncoder(tokenizer)
+        except NoChatTemplate as error:
+            raise PromptError(f"the judge's checkpoint: {error}") from error
+        self._closing = (*self._chat.closing, *self._chat.plain_ids(config.prefill))
         self._head = functools.lru_cache(4096)(self._encode_head)
         self._tail = functools.lru_cache(65536)(self._encode_tail)
         self._option = functools.lru_cache(65536)(self._encode_option)
@@ -110,41 +88,14 @@ class JudgePrompter:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of a generated answer up to its first control token, which ends it."""
-        end = next((i for i, token in enumerate(ids) if token in self._control_ids), len(ids))
-        text: str = self._tokenizer.decode(list(ids[:end]))
-        return text
+        return self._chat.decode(ids)
 
     def plain_ids(self, text: str) -> list[int]:
         """Encodes data: no id in the result opens or closes anything, whatever the text spells."""
-        ids = [token for piece in self._pieces(text) for token in self._encode(piece, plain=True)]
-        return [token for token in ids if token not in self._control_ids]
-
-    def _pieces(self, text: str) -> list[str]:
-        """Cuts `text` so that no piece holds the spelling of a control token.
-
-        Splitting special tokens is not enough: added tokens that are not marked special (`<think>`) and
-        entries of a word-level vocabulary are matched nevertheless.
-        """
-        if self._control_text is None:
-            return [text]
-        pieces, start = [], 0
-        for match in self._control_text.finditer(text):
-            pieces += [text[start : match.start()], *match.group()]
-            start = match.end()
-        pieces.append(text[start:])
-        return [piece for piece in pieces if piece]
-
-    def _encode(self, text: str, plain: bool) -> list[int]:
-        ids: list[int] = self._tokenizer(
-            text, add_special_tokens=False, split_special_tokens=plain, return_attention_mask=False
-        )["input_ids"]
-        return ids
-
-    def _scaffold_ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self._encode(text, plain=False)) if text else ()
+        return self._chat.plain_ids(text)
 
     def _encode_head(self, caption: str) -> tuple[int, ...]:
-        return (*self._opening, *self.plain_ids(head_text(caption, self._config)))
+        return (*self._chat.opening, *self.plain_ids(head_text(caption, self._config)))
 
     def _encode_tail(self, stem: str, options: tuple[str, ...] | None) -> tuple[int, ...]:
         return (*self.plain_ids(tail_text(stem, options, self._config)), *self._closing)
@@ -202,18 +153,6 @@ def check_placeholders(config: JudgePromptConfig, placeholders: Mapping[str, tup
                 )
 
 
-def _chat_scaffold(tokenizer: Any) -> tuple[str, str]:
-    """The chat template's text before and after one user message, up to where the assistant begins."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise PromptError("the judge's tokenizer has no chat template; take an instruction-tuned checkpoint")
-    message = [{"role": "user", "content": _SENTINEL}]
-    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    opening, found, closing = text.partition(_SENTINEL)
-    if not found or _SENTINEL in closing:
-        raise PromptError("the judge's chat template does not show a user message exactly once")
-    return opening, closing
-
-
 def _fill(template: str, **values: str) -> str:
     """Puts values at their placeholders in one pass, so that braces in a value stay text."""
     return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
@@ -229,16 +168,6 @@ def _block_marks(template: str) -> tuple[str, ...]:
     before, _, after = template.partition("{caption}")
     marks = {before.strip().rpartition("\n")[2].strip(), after.strip().partition("\n")[0].strip()}
     return tuple(sorted(mark for mark in marks if len(mark) > 1 and re.search(r"[^\w\s]", mark)))
-
-
-def without_disguise(text: str, signs: str) -> str:
-    """The text with each character that may be read as one of `signs` (wide, small forms) as that one.
-
-    Control and format characters go, since a tokenizer that drops them would join what they part; new lines
-    and tabs stay.
-    """
-    kept = (c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf"))
-    return "".join(plain if (plain := unicodedata.normalize("NFKC", c)) in signs else c for c in kept)
 
 
 def _without_marks(caption: str, marks: Sequence[str]) -> str:

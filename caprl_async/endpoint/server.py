@@ -1,4 +1,4 @@
-"""The server of a judge that is served elsewhere: clients for it, its key, and what its failures mean."""
+"""The server of a model that is served elsewhere: clients for it, its key, and what its failures mean."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from openai import (
 )
 
 from caprl_async.config import EndpointConfig
-from caprl_async.judge.verdicts import JudgeConfigError
 
 FAULTS = (OpenAIError, ValueError, TimeoutError)
 """What a request may end with, answers that cannot be read included."""
 _OF_THE_PROMPT = (400, 413, 422)  # statuses that mean this one request; all others may pass
+
+
+class EndpointError(ValueError):
+    """The endpoint cannot be worked with as configured; the message names the conf key."""
 
 
 class _Served(msgspec.Struct):
@@ -43,13 +46,15 @@ class Failure:
 class Server:
     """Where requests go and with which key; the key leaves this object in requests alone."""
 
-    def __init__(self, config: EndpointConfig) -> None:
-        """
+    def __init__(self, config: EndpointConfig, key: str) -> None:
+        """`key`: that of the conf which holds `config`, as judge.endpoint.
+
         Raises:
-            JudgeConfigError: the key is not where `api_key_env` says.
+            EndpointError: the API key is not where `api_key_env` says.
         """
         self.url = config.url
-        self._key = _key(config)
+        self.conf_key = key
+        self._key = _api_key(config, key)
         self._config = config
 
     def client(self) -> OpenAI:
@@ -76,16 +81,16 @@ class Server:
         """The one model that is served.
 
         Raises:
-            JudgeConfigError: there is no server, it refuses, or it serves another number of models.
+            EndpointError: there is no server, it refuses, or it serves another number of models.
         """
         try:
             content = client.models.with_raw_response.list().content
             names = [served.id for served in msgspec.json.decode(content, type=_ServedList).data]
         except FAULTS as error:
-            raise self.refusal(error, "/models (asked for where judge.endpoint.model is empty)") from None
+            raise self.refusal(error, f"/models (asked for where {self.conf_key}.model is empty)") from None
         if len(names) != 1:
             served = f"{len(names)} models: {', '.join(names)}" if names else "no model"
-            raise JudgeConfigError(f"judge.endpoint.url={self.url} serves {served}; set judge.endpoint.model")
+            raise EndpointError(f"{self.conf_key}.url={self.url} serves {served}; set {self.conf_key}.model")
         return names[0]
 
     def failure(self, error: Exception) -> Failure:
@@ -99,19 +104,19 @@ class Server:
             cause = error.__cause__
             reason = error.message + (f" ({type(cause).__name__}: {cause})" if cause is not None else "")
         elif isinstance(error, TimeoutError):
-            reason = "no whole answer within judge.endpoint.timeout_s"
+            reason = f"no whole answer within {self.conf_key}.timeout_s"
         else:
             reason = str(error) or type(error).__name__
         return Failure(self._without_key(" ".join(reason.split()))[:300], again)
 
-    def refusal(self, error: Exception, asked: str) -> JudgeConfigError:
+    def refusal(self, error: Exception, asked: str) -> EndpointError:
         """The error of a server that cannot be worked with: which key names it, and how to mend that."""
         status = error.status_code if isinstance(error, APIStatusError) else None
         if status in (401, 403):
-            mend = "set judge.endpoint.api_key_env to the environment variable that holds its key"
+            mend = f"set {self.conf_key}.api_key_env to the environment variable that holds its key"
         elif status == 404:
             mend = (
-                "the url must end where /chat/completions begins (mostly in /v1), and judge.endpoint.model "
+                f"the url must end where /chat/completions begins (mostly in /v1), and {self.conf_key}.model "
                 "must be a name that the server knows"
             )
         elif isinstance(error, APIConnectionError | TimeoutError):
@@ -120,22 +125,22 @@ class Server:
             mend = "look into the server's log, or try again when it has less to do"
         else:
             mend = (
-                "correct the url, or what the server names (judge.endpoint.prefill=false for one that knows "
-                "no continue_final_message)"
+                f"correct the url, or what the server names ({self.conf_key}.prefill=false for one that "
+                "knows no continue_final_message)"
             )
         reason = self.failure(error).reason
-        return JudgeConfigError(f"judge.endpoint.url={self.url} does not answer {asked}: {reason}; {mend}")
+        return EndpointError(f"{self.conf_key}.url={self.url} does not answer {asked}: {reason}; {mend}")
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
 
 
-def _key(config: EndpointConfig) -> str:
+def _api_key(config: EndpointConfig, conf_key: str) -> str:
     name = config.api_key_env
     if not name:
         return ""
     key = os.environ.get(name, "").strip()
     if not re.fullmatch("[!-~]+", key):  # anything else fails as a header, in an error that shows it
         what = "holds what cannot be a key" if key else "is not set"
-        raise JudgeConfigError(f"the environment variable {name} {what} (judge.endpoint.api_key_env={name})")
+        raise EndpointError(f"the environment variable {name} {what} ({conf_key}.api_key_env={name})")
     return key

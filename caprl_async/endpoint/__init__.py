@@ -1,0 +1,1 @@
+"""Models that are served elsewhere, over an OpenAI-compatible API (chat completions)."""

@@ -1,0 +1,1 @@
+"""Models that are asked for texts: to make questions, to answer them, to compare answers, to caption."""

@@ -1,0 +1,93 @@
+"""Writes with a model that is served elsewhere, over an OpenAI-compatible API."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from caprl_async.config import WriterConfig
+from caprl_async.data.chat import escape_markup
+from caprl_async.data.images import media_type
+from caprl_async.endpoint.client import Client
+from caprl_async.endpoint.protocol import Choice
+from caprl_async.endpoint.server import EndpointError, Failure, Server
+from caprl_async.engine.types import EngineDied, EngineStats
+from caprl_async.types import Finish
+from caprl_async.writer.types import Ask, Text, Unwritten, WriterError, Written
+from caprl_async.writer.writer import Writer
+
+
+class EndpointWriter(Writer):
+    """One served model. Whether it sees images shows when it is shown one."""
+
+    sees = True
+
+    def __init__(self, client: Client, config: WriterConfig) -> None:
+        self.revision = f"{client.server.url} {client.model}"
+        self._client = client
+        self._config = config
+
+    @classmethod
+    def load(cls, config: WriterConfig, key: str) -> EndpointWriter:
+        """
+        Raises:
+            WriterError: the server does not answer, or the key or the model's name is missing.
+        """
+        try:
+            server = Server(config.endpoint, f"{key}.endpoint")
+            with server.client() as client:
+                model = config.endpoint.model or server.only_model(client)
+        except EndpointError as error:
+            raise WriterError(str(error)) from error
+        return cls(Client(server, model, config.endpoint), config)
+
+    @property
+    def died(self) -> EngineDied | None:
+        """Never: a server that is away may come back."""
+        return None
+
+    async def write(self, asks: Sequence[Ask]) -> list[Written]:
+        return list(await asyncio.gather(*map(self._one, asks)))
+
+    def stats(self) -> EngineStats:
+        return self._client.stats()
+
+    def close(self) -> None:
+        self._client.close()
+
+    async def _one(self, ask: Ask) -> Written:
+        try:
+            body = await asyncio.to_thread(self._body, ask)
+        except OSError as error:
+            return Unwritten(f"{error.filename}: {error.strerror}", again=False)
+        found = await self._client.complete(body)
+        if isinstance(found, Failure):
+            return Unwritten(found.reason, found.again)
+        if len(found) != ask.n:
+            return Unwritten(f"the server gave {len(found)} of {ask.n} answers", again=True)
+        return tuple(map(_text, found))
+
+    def _body(self, ask: Ask) -> dict[str, Any]:
+        content: list[dict[str, Any]] = [{"type": "text", "text": escape_markup(ask.text)}]
+        if ask.image is not None:
+            data = Path(ask.image.path).read_bytes()
+            url = f"data:{media_type(data)};base64,{base64.b64encode(data).decode()}"
+            content.insert(0, {"type": "image_url", "image_url": {"url": url}})
+        body: dict[str, Any] = {
+            "messages": [
+                {"role": "user", "content": content if ask.image is not None else content[0]["text"]}
+            ],
+            "max_tokens": self._config.max_tokens,
+            "temperature": self._config.temperature,
+            "top_p": 1.0,
+            "n": ask.n,
+        }
+        return body if ask.seed is None else {**body, "seed": ask.seed % 2**31}
+
+
+def _text(choice: Choice) -> Text:
+    finish = Finish.LENGTH if choice.finish_reason == "length" else Finish.STOP
+    return Text((choice.message.content or "").strip(), finish, 0)

@@ -1,0 +1,124 @@
+"""Writes with a vLLM engine of ours, by token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from caprl_async.config import WriterConfig
+from caprl_async.data.chat import ChatEncoder, NoChatTemplate, load_tokenizer
+from caprl_async.data.processor import PolicyProcessor, UnsupportedModel
+from caprl_async.engine.build import VisionLimits
+from caprl_async.engine.engine import Engine
+from caprl_async.engine.types import Completion, EngineDied, EngineStats, Request, RequestFailed, Response
+from caprl_async.writer.types import Ask, Text, Unwritten, WriterError, Written
+from caprl_async.writer.writer import Writer
+
+
+class EngineWriter(Writer):
+    """One engine, with its checkpoint's chat template; it sees images if the checkpoint does."""
+
+    def __init__(self, engine: Engine, prompts: Prompts, config: WriterConfig) -> None:
+        """See `load`."""
+        self.engine = engine
+        self.sees = prompts.sees
+        self.revision = config.model
+        self._prompts = prompts
+        self._config = config
+
+    @classmethod
+    def load(cls, config: WriterConfig, key: str, seed: int) -> EngineWriter:
+        """
+        Raises:
+            WriterError: the checkpoint's files do not suit.
+            EngineDied: vLLM cannot load it.
+        """
+        prompts = Prompts(config, key)
+        vision = VisionLimits(config.min_pixels, config.max_pixels) if prompts.sees else None
+        engine = Engine(
+            config.model, config.engine, seed=seed, vision=vision, banned_token_ids=prompts.banned_token_ids
+        )
+        return cls(engine, prompts, config)
+
+    @property
+    def died(self) -> EngineDied | None:
+        return self.engine.died
+
+    async def write(self, asks: Sequence[Ask]) -> list[Written]:
+        requests = [self._request(ask) for ask in asks]
+        sent = [request for request in requests if isinstance(request, Request)]
+        answers = iter(await self.engine.generate_many(sent) if sent else [])
+        return [
+            request if isinstance(request, Unwritten) else self._written(next(answers))
+            for request in requests
+        ]
+
+    def stats(self) -> EngineStats:
+        return self.engine.stats()
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def _request(self, ask: Ask) -> Request | Unwritten:
+        if ask.image is not None and not self.sees:
+            return Unwritten(f"{self._config.model} cannot see images", again=False)
+        ids = self._prompts.ids(ask)
+        room, limit = len(ids) + self._config.max_tokens, self._config.engine.max_model_len
+        if room > limit:
+            return Unwritten(
+                f"prompt and answer take {room} tokens of {limit} (engine.max_model_len)", again=False
+            )
+        return Request(
+            ids, image=ask.image, n=ask.n, temperature=self._config.temperature,
+            max_tokens=self._config.max_tokens, seed=ask.seed,
+        )  # fmt: skip
+
+    def _written(self, answer: Response | RequestFailed) -> Written:
+        if isinstance(answer, RequestFailed):
+            return Unwritten(str(answer), again=answer.again)
+        return tuple(self._text(completion) for completion in answer.completions)
+
+    def _text(self, completion: Completion) -> Text:
+        text = self._prompts.decode(completion.token_ids).strip()
+        return Text(text, completion.finish, len(completion.token_ids))
+
+
+class Prompts:
+    """From asks to token ids, and back, for one checkpoint."""
+
+    def __init__(self, config: WriterConfig, key: str) -> None:
+        """
+        Raises:
+            WriterError: there is no such folder, or no chat template that suits.
+        """
+        if not (Path(config.model) / "config.json").is_file():
+            raise WriterError(f"{key}.model={config.model} is no folder of a checkpoint")
+        try:
+            self._with_image = self._vision(config)
+            self._plain = ChatEncoder(self._tokenizer)
+        except (NoChatTemplate, UnsupportedModel) as error:
+            raise WriterError(f"{key}.model={config.model}: {error}") from error
+        self.sees = self._with_image is not None
+
+    def ids(self, ask: Ask) -> tuple[int, ...]:
+        """Of a user turn up to the answer; one placeholder for an image."""
+        encoder = self._plain if ask.image is None or self._with_image is None else self._with_image
+        return encoder.ids(ask.text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """An answer's text up to its end."""
+        return self._plain.decode(ids)
+
+    def _vision(self, config: WriterConfig) -> ChatEncoder | None:
+        """The encoder of turns with an image; None if the checkpoint sees none."""
+        from transformers import AutoConfig
+
+        self.banned_token_ids: tuple[int, ...] = ()
+        if getattr(AutoConfig.from_pretrained(config.model), "vision_config", None) is None:
+            self._tokenizer: Any = load_tokenizer(config.model)
+            return None
+        processor = PolicyProcessor(config.model, config.min_pixels, config.max_pixels)
+        self._tokenizer = processor.tokenizer
+        self.banned_token_ids = processor.banned_token_ids
+        return ChatEncoder(processor.tokenizer, processor.render)

@@ -1,0 +1,42 @@
+"""What a model is asked to write, and what comes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from caprl_async.types import Finish, ImageRef
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One user turn. All of its text is data: nothing in it opens or closes a turn."""
+
+    text: str
+    image: ImageRef | None = None  # shown before the text
+    n: int = 1  # answers
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Text:
+    """One answer."""
+
+    text: str
+    finish: Finish
+    tokens: int  # 0 where a server does not say
+
+
+@dataclass(frozen=True)
+class Unwritten:
+    """Why an ask has no answer, and whether it may have one if it is asked again."""
+
+    reason: str
+    again: bool
+
+
+Written = tuple[Text, ...] | Unwritten
+"""The n answers to an ask, or why there are none."""
+
+
+class WriterError(ValueError):
+    """The model cannot be used as configured; the message names the conf key."""
