@@ -35,6 +35,12 @@ def tempered(tokens: Tokens, temperature: float) -> Tokens:
     return {token: weight / math.fsum(weights.values()) for token, weight in weights.items()}
 
 
+def said(body: dict[str, Any]) -> str:
+    """The text of the user's turn."""
+    content = body["messages"][0]["content"]
+    return content if isinstance(content, str) else " ".join(part.get("text", "") for part in content)
+
+
 class FakeServer:
     """What it is told is in its attributes; what it was asked is in `bodies` and `keys`."""
 
@@ -53,10 +59,10 @@ class FakeServer:
 
     @property
     def prompts(self) -> list[str]:
-        return [str(body["messages"][0]["content"]) for body in self.bodies]
+        return [said(body) for body in self.bodies]
 
     def completion(self, body: dict[str, Any]) -> dict[str, Any]:
-        tokens = self.tokens(body["messages"][0]["content"])
+        tokens = self.tokens(said(body))
         drawn = tempered(tokens, body["temperature"] or 0.01)
         rng = random.Random(body.get("seed"))
         (token,) = rng.choices(list(drawn), list(drawn.values()))
@@ -75,7 +81,8 @@ class FakeServer:
             "total_tokens": 11,
             "prompt_tokens_details": {"cached_tokens": 4},
         }
-        return {"id": "x", "object": "chat.completion", "choices": [choice], "usage": usage}
+        choices = [choice | {"index": index} for index in range(body.get("n", 1))]
+        return {"id": "x", "object": "chat.completion", "choices": choices, "usage": usage}
 
 
 class _ManyAtOnce(ThreadingHTTPServer):

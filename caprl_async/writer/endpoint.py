@@ -16,7 +16,7 @@ from caprl_async.endpoint.protocol import Choice
 from caprl_async.endpoint.server import EndpointError, Failure, Server
 from caprl_async.engine.types import EngineDied, EngineStats
 from caprl_async.types import Finish
-from caprl_async.writer.types import Ask, Text, Unwritten, WriterError, Written
+from caprl_async.writer.types import Ask, Text, Unwritten, WriterError, Written, draws
 from caprl_async.writer.writer import Writer
 
 
@@ -66,9 +66,10 @@ class EndpointWriter(Writer):
         found = await self._client.complete(body)
         if isinstance(found, Failure):
             return Unwritten(found.reason, found.again)
-        if len(found) != ask.n:
-            return Unwritten(f"the server gave {len(found)} of {ask.n} answers", again=True)
-        return tuple(map(_text, found))
+        drawn = draws(ask, self._config.temperature)
+        if len(found) != drawn:
+            return Unwritten(f"the server gave {len(found)} of {drawn} answers", again=True)
+        return tuple(map(_text, found)) * (ask.n // drawn)
 
     def _body(self, ask: Ask) -> dict[str, Any]:
         content: list[dict[str, Any]] = [{"type": "text", "text": escape_markup(ask.text)}]
@@ -83,7 +84,7 @@ class EndpointWriter(Writer):
             "max_tokens": self._config.max_tokens,
             "temperature": self._config.temperature,
             "top_p": 1.0,
-            "n": ask.n,
+            "n": draws(ask, self._config.temperature),
         }
         return body if ask.seed is None else {**body, "seed": ask.seed % 2**31}
 

@@ -12,7 +12,7 @@ from caprl_async.data.processor import PolicyProcessor, UnsupportedModel
 from caprl_async.engine.build import VisionLimits
 from caprl_async.engine.engine import Engine
 from caprl_async.engine.types import Completion, EngineDied, EngineStats, Request, RequestFailed, Response
-from caprl_async.writer.types import Ask, Text, Unwritten, WriterError, Written
+from caprl_async.writer.types import Ask, Text, Unwritten, WriterError, Written, draws
 from caprl_async.writer.writer import Writer
 
 
@@ -50,8 +50,8 @@ class EngineWriter(Writer):
         sent = [request for request in requests if isinstance(request, Request)]
         answers = iter(await self.engine.generate_many(sent) if sent else [])
         return [
-            request if isinstance(request, Unwritten) else self._written(next(answers))
-            for request in requests
+            request if isinstance(request, Unwritten) else self._written(next(answers), ask)
+            for ask, request in zip(asks, requests, strict=True)
         ]
 
     def stats(self) -> EngineStats:
@@ -70,14 +70,15 @@ class EngineWriter(Writer):
                 f"prompt and answer take {room} tokens of {limit} (engine.max_model_len)", again=False
             )
         return Request(
-            ids, image=ask.image, n=ask.n, temperature=self._config.temperature,
+            ids, image=ask.image, n=draws(ask, self._config.temperature), temperature=self._config.temperature,
             max_tokens=self._config.max_tokens, seed=ask.seed,
         )  # fmt: skip
 
-    def _written(self, answer: Response | RequestFailed) -> Written:
+    def _written(self, answer: Response | RequestFailed, ask: Ask) -> Written:
         if isinstance(answer, RequestFailed):
             return Unwritten(str(answer), again=answer.again)
-        return tuple(self._text(completion) for completion in answer.completions)
+        texts = tuple(self._text(completion) for completion in answer.completions)
+        return texts * (ask.n // len(texts))
 
     def _text(self, completion: Completion) -> Text:
         text = self._prompts.decode(completion.token_ids).strip()

@@ -38,5 +38,10 @@ Written = tuple[Text, ...] | Unwritten
 """The n answers to an ask, or why there are none."""
 
 
+def draws(ask: Ask, temperature: float) -> int:
+    """Answers that must be drawn: at temperature 0 all n are one, and vLLM draws no second."""
+    return ask.n if temperature > 0 else 1
+
+
 class WriterError(ValueError):
     """The model cannot be used as configured; the message names the conf key."""
