@@ -5,6 +5,12 @@ from __future__ import annotations
 import enum
 
 
+class Form(enum.Enum):
+    parquet = "parquet"
+    sharegpt = "sharegpt"
+    webdataset = "webdataset"
+
+
 class JudgeMode(enum.Enum):
     expected = "expected"
     sample = "sample"

@@ -55,7 +55,7 @@ RESOLVED = "conf.yaml"
 
 _PACKAGE = Path(__file__).resolve().parent
 _WRITTEN = ("run_dir", "data.image_dir")  # paths that the run makes; all other paths must exist
-_READ = ("run", *conf_files.INPUT_FILES, *conf_files.INPUT_MODELS)
+_READ = ("run", "data.images", "captioner.model", *conf_files.INPUT_FILES, *conf_files.INPUT_MODELS)
 _SHOWN = 200  # characters of a wrong key or value
 _UNFIT = (OmegaConfBaseException, ValueError, OverflowError)
 """What OmegaConf raises at a value of a wrong type; ValueError: one of thousands of digits, which it cannot

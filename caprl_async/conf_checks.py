@@ -16,7 +16,12 @@ from caprl_async.endpoint.protocol import patience_s
 from caprl_async.judge.chat import clashes as endpoint_clashes
 from caprl_async.judge.prompt import ALWAYS, WITH_LETTERS, PromptError, check_placeholders
 
-JOBS = {"train": conf_files.problems, "inspect": conf_files.run_problems, "replay": conf_files.run_problems}
+JOBS = {
+    "train": conf_files.problems,
+    "annotate": conf_files.annotate_problems,
+    "inspect": conf_files.run_problems,
+    "replay": conf_files.run_problems,
+}
 """Modules of caprl_async.jobs with a `run(config)`, and what looks at the files that each needs."""
 
 ENGINE_DTYPES = ("float32", "bfloat16", "float16")

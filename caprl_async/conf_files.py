@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from caprl_async.conf_help import value_of
-from caprl_async.config import Config
+from caprl_async.config import Config, WriterConfig
 
 INPUT_FILES = {"data.train": True, "data.heldout": False, "evaluate.heldout_judge.data": False}
 """Keys that name a data file, and whether the run needs one."""
@@ -51,6 +51,32 @@ def run_problems(config: Config) -> Iterator[str]:
         yield f"run={folder} is no folder" + (f"; {folder.parent} has {', '.join(near)}" if near else "")
     elif missing := [name for name in RECORDED if not (folder / name).is_file()]:
         yield f"run={folder} is no run's folder: it holds no {' and no '.join(missing)}"
+
+
+def annotate_problems(config: Config) -> Iterator[str]:
+    """The same for the job that captions a data set."""
+    images, folder = config.data.images, Path(config.run_dir)
+    if not images:
+        yield "data.images is empty: job=annotate needs a folder of images, or of .parquet or .tar files"
+    elif not Path(images).exists():
+        yield f"data.images={images} does not exist"
+    yield from writer_problems(config.captioner, "captioner", sees=True)
+    begun = any((folder / "captions").glob("captions-*"))
+    if begun and not config.resume:
+        yield f"run_dir={folder} already holds captions; go on with them by resume=true, or choose another"
+
+
+def writer_problems(config: WriterConfig, key: str, *, sees: bool) -> Iterator[str]:
+    """The same for a model that writes; `sees`: it is shown images."""
+    if config.endpoint.url:
+        return
+    folder = Path(config.model)
+    if not config.model:
+        yield f"{key}.model is empty: name the folder of a checkpoint (or set {key}.endpoint.url)"
+    elif not (folder / "config.json").is_file():
+        yield f"{key}.model={folder} is no folder of a Hugging Face checkpoint (it holds no config.json)"
+    elif sees and "vision_config" not in (folder / "config.json").read_text(encoding="utf-8"):
+        yield f"{key}.model={folder} has no vision tower (vision_config); it must see images"
 
 
 def _files(config: Config) -> Iterator[str]:

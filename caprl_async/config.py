@@ -13,6 +13,7 @@ from caprl_async.choices import (
     Aggregation,
     Beyond,
     Blind,
+    Form,
     ImportanceLevel,
     JudgeMode,
     KLEstimator,
@@ -54,6 +55,7 @@ class DataConfig:
 
     train: str = key("", "training questions: CapRL-QA parquet, or jsonl in the OpenRLHF or verl form")
     heldout: str = key("", "held-out questions, same forms; empty: no evaluation")
+    images: str = key("", "annotate: folder of images, or of .parquet, .tar or .arrow files, or one of these")
     prompt: str = key("Please describe this image in detail.", "what the captioner is asked")
     image_dir: str = key("", "images by content hash are written here; empty: run_dir/images")
     shuffle: bool = key(True, "a new order each epoch, from the seed")
@@ -316,7 +318,22 @@ class WriterConfig:
     max_pixels: int = key(1_000_000, "engine of ours: images are shrunk to at most this")
     temperature: float = key(0.0, "of its answers; 0: the likeliest token each time")
     max_tokens: int = key(1024, "longest answer, tokens")
+    num_actors: int = key(1, "actors, one engine (or client) each")
+    gpus_per_actor: float = key(0.0, "Ray GPUs each of them takes")
+    batch_rows: int = key(64, "rows that come to an actor together; four batches are under way at one time")
+    refusals: int = key(200, "rows in a row without an answer, by no fault of theirs, that end the job")
     engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+@dataclass
+class AnnotateConfig:
+    """A data set of captions, made by `captioner` of `data.images`."""
+
+    captions: int = key(1, "captions per image")
+    form: Form = key(
+        Form.parquet, "parquet | sharegpt (jsonl, a conversation per caption) | webdataset (tar, with images)"
+    )
+    rows_per_file: int = key(10_000, "images per output file; a minute's worth is written at the latest")
 
 
 @dataclass
@@ -405,6 +422,8 @@ class Config:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    captioner: WriterConfig = field(default_factory=WriterConfig)
+    annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     ring: RingConfig = field(default_factory=RingConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)

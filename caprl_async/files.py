@@ -18,6 +18,21 @@ def digest_file(path: Path) -> tuple[int, str]:
         return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a whole file or none: under a name of its own (`.part-...`) until it is on the disk."""
+    partial = path.with_name(f".part-{path.name}")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Makes a rename in the folder survive a loss of power."""
     descriptor = os.open(folder, os.O_RDONLY)

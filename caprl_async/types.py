@@ -11,6 +11,7 @@ All are msgspec structs: typed msgpack on the wire, no pickle. Times are seconds
 from __future__ import annotations
 
 import enum
+import hashlib
 from typing import TypeAlias
 
 import msgspec
@@ -77,6 +78,17 @@ class ImageRef(Struct, frozen=True):
 
     sha256: str  # of the encoded bytes
     path: str
+
+
+class ImageData(Struct, frozen=True):
+    """An image by its encoded bytes, for jobs that stream; the ring's messages carry references only."""
+
+    sha256: str  # of the encoded bytes
+    data: bytes
+
+    @classmethod
+    def of(cls, data: bytes) -> ImageData:
+        return cls(sha256=hashlib.sha256(data).hexdigest(), data=data)
 
 
 # ---------------------------------------------------------------- captions

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caprl_async.data.images import BadImage, decode, open_checked
-from caprl_async.types import ImageRef
+from caprl_async.types import ImageData, ImageRef
 
 if TYPE_CHECKING:
     import torch
@@ -37,12 +37,23 @@ class PixelInput:
     grid: Grid
 
 
-def read_image(image: ImageRef) -> Image.Image:
-    """The decoded RGB image of a reference.
+def read_image(image: ImageRef | ImageData) -> Image.Image:
+    """The decoded RGB image.
 
     Raises:
         UnreadableImage: missing, damaged, or changed since its hash was taken.
     """
+    if isinstance(image, ImageData):
+        encoded, name = image.data, f"image {image.sha256[:12]}"
+    else:
+        encoded, name = _read(image), image.path
+    try:
+        return decode(encoded, name)
+    except BadImage as error:
+        raise UnreadableImage(f"not a readable image: {error}") from error
+
+
+def _read(image: ImageRef) -> bytes:
     try:
         encoded = Path(image.path).read_bytes()
     except OSError as error:
@@ -52,10 +63,7 @@ def read_image(image: ImageRef) -> Image.Image:
         raise UnreadableImage(
             f"image {image.path} has sha256 {found}, expected {image.sha256}: write it again"
         )
-    try:
-        return decode(encoded, image.path)
-    except BadImage as error:
-        raise UnreadableImage(f"not a readable image: {error}") from error
+    return encoded
 
 
 def read_size(image: ImageRef) -> tuple[int, int]:

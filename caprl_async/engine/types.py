@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from caprl_async.types import Finish, ImageRef, VersionSpan
+from caprl_async.types import Finish, ImageData, ImageRef, VersionSpan
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Request:
     """
 
     prompt_token_ids: tuple[int, ...]  # one placeholder per image, not expanded
-    image: ImageRef | None = None
+    image: ImageRef | ImageData | None = None
     n: int = 1
     temperature: float = 1.0
     max_tokens: int = 1

@@ -15,7 +15,7 @@ from caprl_async.endpoint.client import Client
 from caprl_async.endpoint.protocol import Choice
 from caprl_async.endpoint.server import EndpointError, Failure, Server
 from caprl_async.engine.types import EngineDied, EngineStats
-from caprl_async.types import Finish
+from caprl_async.types import Finish, ImageData
 from caprl_async.writer.types import Ask, Text, Unwritten, WriterError, Written, draws
 from caprl_async.writer.writer import Writer
 
@@ -74,7 +74,7 @@ class EndpointWriter(Writer):
     def _body(self, ask: Ask) -> dict[str, Any]:
         content: list[dict[str, Any]] = [{"type": "text", "text": escape_markup(ask.text)}]
         if ask.image is not None:
-            data = Path(ask.image.path).read_bytes()
+            data = ask.image.data if isinstance(ask.image, ImageData) else Path(ask.image.path).read_bytes()
             url = f"data:{media_type(data)};base64,{base64.b64encode(data).decode()}"
             content.insert(0, {"type": "image_url", "image_url": {"url": url}})
         body: dict[str, Any] = {

@@ -61,17 +61,18 @@ class EngineWriter(Writer):
         self.engine.close()
 
     def _request(self, ask: Ask) -> Request | Unwritten:
+        config = self._config
         if ask.image is not None and not self.sees:
-            return Unwritten(f"{self._config.model} cannot see images", again=False)
+            return Unwritten(f"{config.model} cannot see images", again=False)
         ids = self._prompts.ids(ask)
-        room, limit = len(ids) + self._config.max_tokens, self._config.engine.max_model_len
+        room, limit = len(ids) + config.max_tokens, config.engine.max_model_len
         if room > limit:
             return Unwritten(
-                f"prompt and answer take {room} tokens of {limit} (engine.max_model_len)", again=False
+                f"prompt and answer take {room} tokens, engine.max_model_len={limit}", again=False
             )
         return Request(
-            ids, image=ask.image, n=draws(ask, self._config.temperature), temperature=self._config.temperature,
-            max_tokens=self._config.max_tokens, seed=ask.seed,
+            ids, image=ask.image, n=draws(ask, config.temperature), temperature=config.temperature,
+            max_tokens=config.max_tokens, seed=ask.seed,
         )  # fmt: skip
 
     def _written(self, answer: Response | RequestFailed, ask: Ask) -> Written:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from caprl_async.types import Finish, ImageRef
+from caprl_async.types import Finish, ImageData, ImageRef
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class Ask:
     """One user turn. All of its text is data: nothing in it opens or closes a turn."""
 
     text: str
-    image: ImageRef | None = None  # shown before the text
+    image: ImageRef | ImageData | None = None  # shown before the text
     n: int = 1  # answers
     seed: int | None = None
 

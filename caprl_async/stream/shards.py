@@ -1,0 +1,185 @@
+"""A job's output: numbered files, each whole or absent, that say what they hold and how it was made.
+
+One process writes, the driver. What it was given and has not written when it dies is made again by the next
+start, and what is written is never made twice: so each row is in the output once.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from caprl_async.choices import Form
+from caprl_async.data.images import media_type
+from caprl_async.data.rows import DataError
+from caprl_async.files import write_bytes
+
+_KEY = b"caprl_async"  # of the parquet files' metadata
+_FLUSH_S = 60.0  # rows wait no longer than this for their shard to fill
+
+
+CAPTIONED = pa.schema(
+    [
+        ("id", pa.string()),
+        ("path", pa.string()),
+        ("problem", pa.string()),
+        ("sha256", pa.string()),
+        ("captions", pa.list_(pa.string())),
+        ("finish", pa.list_(pa.string())),
+        ("tokens", pa.list_(pa.int32())),
+    ]
+)
+"""What is written of a captioned row; `path` is null where the image came as bytes."""
+
+
+class Shards(ABC):
+    """Files of one form in one folder. Rows are mappings with an `id`."""
+
+    suffix: str
+    schema = CAPTIONED
+    """Columns of the rows that it takes."""
+
+    def __init__(self, folder: Path, name: str, rows: int, about: Mapping[str, Any]) -> None:
+        """`rows` of a file; `about` says how they were made, and is kept with them."""
+        self.folder = folder
+        self._name = name
+        self._rows = rows
+        self._about = json.dumps(about, ensure_ascii=False)
+        self._waiting: list[Mapping[str, Any]] = []
+        self._since = time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".part-*"):
+            left.unlink()
+        self._next = max((int(file.stem.rpartition("-")[2]) for file in self.files()), default=-1) + 1
+
+    def files(self) -> list[Path]:
+        """What is written, in order."""
+        return sorted(self.folder.glob(f"{self._name}-*{self.suffix}"))
+
+    def ids(self) -> Iterator[str]:
+        """Of every row that is written.
+
+        Raises:
+            DataError: a file is damaged.
+        """
+        for file in self.files():
+            try:
+                yield from self._ids(file)
+            except (pa.ArrowException, OSError, ValueError, KeyError, tarfile.TarError) as error:
+                raise DataError(
+                    f"{file} is damaged: {error}; take it away, and its rows are made again"
+                ) from error
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Writes the row, sooner or later: `close` at the latest."""
+        self._waiting.append(row)
+        if len(self._waiting) >= self._rows or time.monotonic() - self._since > _FLUSH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes all that waits, to a file of its own."""
+        rows, self._waiting = self._waiting, []
+        self._since = time.monotonic()
+        if rows:
+            name = f"{self._name}-{self._next:06d}{self.suffix}"
+            write_bytes(self.folder / name, self._encoded(rows))
+            self._next += 1
+
+    @abstractmethod
+    def _encoded(self, rows: Sequence[Mapping[str, Any]]) -> bytes: ...
+
+    @abstractmethod
+    def _ids(self, file: Path) -> Iterator[str]: ...
+
+
+class Parquet(Shards):
+    """A column per field; how they were made is in the file's metadata, under `caprl_async`."""
+
+    suffix = ".parquet"
+
+    def _encoded(self, rows: Sequence[Mapping[str, Any]]) -> bytes:
+        table = pa.Table.from_pylist(list(rows))
+        sink = io.BytesIO()
+        pq.write_table(table.replace_schema_metadata({_KEY: self._about.encode()}), sink)
+        return sink.getvalue()
+
+    def _ids(self, file: Path) -> Iterator[str]:
+        yield from pq.read_table(file, columns=["id"])["id"].to_pylist()
+
+
+class Conversations(Shards):
+    """JSON lines as ShareGPT's: a turn that asks for the caption, and the caption. `about.json` lies beside."""
+
+    suffix = ".jsonl"
+
+    def _encoded(self, rows: Sequence[Mapping[str, Any]]) -> bytes:
+        write_bytes(self.folder / "about.json", self._about.encode())
+        return b"".join(
+            json.dumps(_conversation(row, index), ensure_ascii=False).encode() + b"\n"
+            for row in rows
+            for index in range(len(row["captions"]))
+        )
+
+    def _ids(self, file: Path) -> Iterator[str]:
+        with file.open(encoding="utf-8") as lines:
+            for line in lines:
+                yield str(json.loads(line)["id"])
+
+
+def _conversation(row: Mapping[str, Any], index: int) -> dict[str, Any]:
+    return {
+        "id": row["id"],
+        "image": row["path"] or row["id"],
+        "conversations": [
+            {"from": "human", "value": f"<image>\n{row['prompt']}"},
+            {"from": "gpt", "value": row["captions"][index]},
+        ],
+    }
+
+
+class WebDataset(Shards):
+    """Tar files: of each row its image, its first caption as `.txt`, and everything as `.json`."""
+
+    suffix = ".tar"
+    schema = CAPTIONED.append(pa.field("data", pa.binary()))
+
+    def _encoded(self, rows: Sequence[Mapping[str, Any]]) -> bytes:
+        sink = io.BytesIO()
+        with tarfile.open(fileobj=sink, mode="w") as tar:
+            for position, row in enumerate(rows):
+                key = f"{self._next:06d}{position:06d}"
+                whole = {k: v for k, v in row.items() if k != "data"} | {"about": json.loads(self._about)}
+                kind = media_type(row["data"]).partition("/")[2]
+                _member(tar, f"{key}.{kind}", row["data"])
+                _member(tar, f"{key}.txt", row["captions"][0].encode())
+                _member(tar, f"{key}.json", json.dumps(whole, ensure_ascii=False).encode())
+        return sink.getvalue()
+
+    def _ids(self, file: Path) -> Iterator[str]:
+        with tarfile.open(file) as tar:
+            for member in tar:
+                found = tar.extractfile(member) if member.name.endswith(".json") else None
+                if found is not None:
+                    yield str(json.loads(found.read())["id"])
+
+
+def _member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+FORMS: dict[Form, type[Shards]] = {
+    Form.parquet: Parquet,
+    Form.sharegpt: Conversations,
+    Form.webdataset: WebDataset,
+}

@@ -1,0 +1,116 @@
+"""Rows through a model that writes: the one stage that jobs put between their sources and their outputs.
+
+Ray Data makes the actors, feeds them and starts them again. A batch's asks go to the model together and
+several batches are under way at one time, so the engine is never short of work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import pyarrow as pa
+
+from caprl_async.config import WriterConfig
+from caprl_async.engine.types import EngineDied
+from caprl_async.writer.types import Ask, Text, Unwritten, Written
+from caprl_async.writer.writer import Writer, load_writer
+
+log = logging.getLogger(__name__)
+
+Row: TypeAlias = dict[str, Any]
+MakeAsks = Callable[[Row], Sequence[Ask]]
+"""What a row asks; a ValueError is the row's problem."""
+
+TakeAnswers = Callable[[Row, Sequence[tuple[Text, ...]]], Row]
+"""The row with what was answered to each of its asks; a ValueError is the row's problem."""
+
+
+class ModelAway(RuntimeError):
+    """A model answers nothing any more; what is done is kept, and the job can go on later."""
+
+
+class WriterStage:
+    """Asks one model about every row. A row that cannot be answered keeps the reason in `problem`."""
+
+    def __init__(
+        self, config: WriterConfig, key: str, seed: int, asks: MakeAsks, take: TakeAnswers, out: pa.Schema
+    ) -> None:
+        self._writer: Writer = load_writer(config, key, seed)
+        self._key = key
+        self._asks = asks
+        self._take = take
+        self._out = out
+        self._refused = 0  # rows in a row that were refused by a fault that is not theirs
+        self._patience = config.refusals
+
+    async def __call__(self, batch: pa.Table) -> pa.Table:
+        rows: list[Row] = batch.to_pylist()
+        made = await asyncio.to_thread(lambda: [self._made(row) for row in rows])
+        flat = [ask for asks in made for ask in asks]
+        try:
+            answers = iter(await self._writer.write(flat))
+        except EngineDied as error:
+            log.critical("%s: the engine died: %s", self._key, error)
+            logging.shutdown()
+            os._exit(1)  # Ray starts a fresh actor, which takes the batch again
+        for row, asks in zip(rows, made, strict=True):
+            self._answered(row, [next(answers) for _ in asks])
+        return pa.Table.from_pylist(rows, schema=self._out)
+
+    def _made(self, row: Row) -> Sequence[Ask]:
+        if row["problem"]:
+            return ()
+        try:
+            return self._asks(row)
+        except (ValueError, OSError) as error:
+            row["problem"] = f"{type(error).__name__}: {error}"
+            return ()
+
+    def _answered(self, row: Row, answers: Sequence[Written]) -> None:
+        """
+        Raises:
+            ModelAway: so many rows one after the other have no answer, by no fault of theirs.
+        """
+        if row["problem"]:
+            return
+        failures = [answer for answer in answers if isinstance(answer, Unwritten)]
+        self._refused = self._refused + 1 if failures and all(one.again for one in failures) else 0
+        if self._refused > self._patience:
+            raise ModelAway(
+                f"{self._key} has not answered {self._refused} rows in a row: {failures[0].reason}"
+            )
+        if failures:
+            row["problem"] = failures[0].reason
+            return
+        try:
+            row.update(self._take(row, [answer for answer in answers if not isinstance(answer, Unwritten)]))
+        except ValueError as error:
+            row["problem"] = f"{type(error).__name__}: {error}"
+
+
+def through(
+    rows: Any,
+    config: WriterConfig,
+    key: str,
+    seed: int,
+    asks: MakeAsks,
+    take: TakeAnswers,
+    out: pa.Schema,
+) -> Any:
+    """The rows (a ray.data.Dataset) behind the stage, with the columns of `out`; see `WriterStage`."""
+    from ray.data import ActorPoolStrategy
+
+    return rows.map_batches(
+        WriterStage,
+        fn_constructor_args=(config, key, seed, asks, take, out),
+        batch_size=config.batch_rows,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=config.num_actors, max_tasks_in_flight_per_actor=2),
+        num_cpus=0.1,
+        num_gpus=config.gpus_per_actor,
+        max_restarts=5,
+    )
