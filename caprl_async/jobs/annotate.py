@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -22,16 +23,19 @@ from caprl_async.config import Config
 from caprl_async.judge.permutations import seed_of
 from caprl_async.observe.counting import Counting
 from caprl_async.ring import cluster
+from caprl_async.stream import hush
 from caprl_async.stream.done import Done
 from caprl_async.stream.shards import FORMS, Shards
 from caprl_async.stream.sources import open_images
-from caprl_async.stream.stage import Row, through
+from caprl_async.stream.stage import Row, explained, through
 from caprl_async.types import ImageData
 from caprl_async.writer.types import Ask, Text
 
 CAPTIONS = "captions"
 FAILURES = "failures.jsonl"
 RESULT = "result.json"
+SOME_FAILED = 3
+"""Exit code of a job that is through, with rows that failed."""
 
 
 def run(config: Config) -> None:
@@ -39,6 +43,7 @@ def run(config: Config) -> None:
     Raises:
         ConfError: the source cannot be read, or the folder holds another job.
         RingFailed: the captioner could not be started, or answers no more.
+        SystemExit: with 3, if all images are through and some have no caption.
     """
     console = Console(stderr=True)
     with conf.run_folder(config) as folder:
@@ -48,11 +53,16 @@ def run(config: Config) -> None:
         done = Done(shards.ids())
         if len(done):
             console.print(f"{len(done)} images have captions already", markup=False)
+        job = _Annotation(config, folder, shards, console)
         try:
             cluster.connect(config.ring, log_level=config.observe.log_level)
-            _Annotation(config, folder, shards, console).whole(done)
+            hush(config.observe.log_level)
+            with explained():
+                failed = job.whole(done)
         finally:
             cluster.disconnect()
+    if failed:
+        sys.exit(SOME_FAILED)
 
 
 def _about(config: Config) -> dict[str, Any]:
@@ -115,18 +125,13 @@ class _Annotation:
         self._console = console
         self._problems: Counter[str] = Counter()
 
-    def whole(self, done: Done) -> None:
-        """
-        Raises:
-            RingFailed: see `run`.
-        """
+    def whole(self, done: Done) -> int:
+        """Images that have no caption."""
         config, began = self._config, time.time()
         images = open_images(config.data.images)
-        rows = (
-            images.rows.map_batches(_without, fn_args=(done,), batch_format="pyarrow")
-            if len(done)
-            else images.rows
-        )
+        rows = images.rows
+        if len(done):
+            rows = rows.map_batches(_without, fn_args=(done,), batch_format="pyarrow")
         left = None if images.total is None else max(0, images.total - len(done))
         what = Captioned(config.data.prompt, config.annotate.captions, config.seed)
         captioned = through(
@@ -138,6 +143,7 @@ class _Annotation:
             finally:
                 self._shards.flush()
                 self._conclude(counting, len(done), time.time() - began)
+        return counting.failed
 
     def _write(self, batches: Iterable[pa.Table], counting: Counting) -> None:
         seen: set[str] = set()

@@ -55,7 +55,7 @@ class Shards(ABC):
         self._rows = rows
         self._about = json.dumps(about, ensure_ascii=False)
         self._waiting: list[Mapping[str, Any]] = []
-        self._since = time.monotonic()
+        self._since = 0.0  # when the first of those that wait came
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".part-*"):
             left.unlink()
@@ -81,6 +81,8 @@ class Shards(ABC):
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Writes the row, sooner or later: `close` at the latest."""
+        if not self._waiting:
+            self._since = time.monotonic()
         self._waiting.append(row)
         if len(self._waiting) >= self._rows or time.monotonic() - self._since > _FLUSH_S:
             self.flush()
@@ -88,7 +90,6 @@ class Shards(ABC):
     def flush(self) -> None:
         """Writes all that waits, to a file of its own."""
         rows, self._waiting = self._waiting, []
-        self._since = time.monotonic()
         if rows:
             name = f"{self._name}-{self._next:06d}{self.suffix}"
             write_bytes(self.folder / name, self._encoded(rows))
@@ -117,7 +118,7 @@ class Parquet(Shards):
 
 
 class Conversations(Shards):
-    """JSON lines as ShareGPT's: a turn that asks for the caption, and the caption. `about.json` lies beside."""
+    """JSON lines as ShareGPT's: a turn that asks, and the caption; `about.json` lies beside them."""
 
     suffix = ".jsonl"
 

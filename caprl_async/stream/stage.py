@@ -9,14 +9,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import pyarrow as pa
 
+from caprl_async.conf import ConfError
 from caprl_async.config import WriterConfig
+from caprl_async.data.rows import DataError
 from caprl_async.engine.types import EngineDied
-from caprl_async.writer.types import Ask, Text, Unwritten, Written
+from caprl_async.ring.errors import RingFailed
+from caprl_async.writer.types import Ask, Text, Unwritten, WriterError, Written
 from caprl_async.writer.writer import Writer, load_writer
 
 log = logging.getLogger(__name__)
@@ -90,6 +94,27 @@ class WriterStage:
             row.update(self._take(row, [answer for answer in answers if not isinstance(answer, Unwritten)]))
         except ValueError as error:
             row["problem"] = f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """What ends a job whose rows go through stages, in one line.
+
+    Raises:
+        ConfError: the source cannot be read.
+        RingFailed: a model could not be started or answers no more, or Ray could not go on.
+    """
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except DataError as error:
+        raise ConfError(str(error)) from error
+    except RayError as error:
+        cause = getattr(error, "cause", None) or error
+        if isinstance(cause, DataError | WriterError):
+            raise ConfError(str(cause)) from error
+        raise RingFailed(f"{cause}; what is done is kept: go on with resume=true") from error
 
 
 def through(
