@@ -405,7 +405,11 @@ class ObserveConfig:
 class Config:
     """A whole conf. `base` (a path, relative to the conf) names a conf that this one extends."""
 
-    job: str = key("train", "what to do: train | inspect (shows what a run recorded) | replay (trains on it)")
+    job: str = key(
+        "train",
+        "what to do: train | annotate (captions images) | inspect (shows what a run recorded) | replay (trains "
+        "on it)",
+    )
     run_dir: str = key("runs/run", "everything the job writes is in here")
     resume: bool = key(False, "go on with the run that run_dir holds")
     seed: int = key(0, "of everything that draws")

@@ -50,6 +50,7 @@ class FakeServer:
         self.most_logprobs = 20  # 0: refuses to give any; -1: leaves them out
         self.faults: list[Fault] = []  # one for each of the next requests
         self.always: Fault | None = None
+        self.delay_s = 0.0  # before each answer
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.times: list[float] = []
@@ -115,6 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
             fake.keys.append(self.headers["Authorization"])
             fake.times.append(time.monotonic())
             fault = fake.faults.pop(0) if fake.faults else fake.always
+        time.sleep(fake.delay_s)
         try:
             if self.path != "/v1/chat/completions" or body["model"] not in fake.models:
                 self.reply(404, {"error": {"message": f"no {self.path} of {body['model']}"}})

@@ -51,10 +51,10 @@ class Counting:
     ) -> None:
         self._bar.stop()
 
-    def count(self, done: int, failed: int = 0) -> None:
-        """So many rows more are through, `failed` of them without a result."""
+    def count(self, done: int, failed: int) -> None:
+        """So many rows more are through; `failed` in all have no result."""
         self.done += done
-        self.failed += failed
+        self.failed = failed
         self._bar.update(self._task, advance=done, more=self._more())
         now = self._clock()
         if not self._console.is_terminal and now - self._printed >= self._every_s:

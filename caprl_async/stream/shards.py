@@ -24,6 +24,7 @@ from caprl_async.data.rows import DataError
 from caprl_async.files import write_bytes
 
 _KEY = b"caprl_async"  # of the parquet files' metadata
+_ABOUT = "about.json"
 _FLUSH_S = 60.0  # rows wait no longer than this for their shard to fill
 
 
@@ -31,8 +32,9 @@ CAPTIONED = pa.schema(
     [
         ("id", pa.string()),
         ("path", pa.string()),
-        ("problem", pa.string()),
+        ("problem", pa.string()),  # why there is no caption; not written
         ("sha256", pa.string()),
+        ("prompt", pa.string()),
         ("captions", pa.list_(pa.string())),
         ("finish", pa.list_(pa.string())),
         ("tokens", pa.list_(pa.int32())),
@@ -49,17 +51,34 @@ class Shards(ABC):
     """Columns of the rows that it takes."""
 
     def __init__(self, folder: Path, name: str, rows: int, about: Mapping[str, Any]) -> None:
-        """`rows` of a file; `about` says how they were made, and is kept with them."""
+        """`rows` of a file; `about` says how they were made, and is kept with them.
+
+        Raises:
+            DataError: the folder holds what was made otherwise.
+        """
         self.folder = folder
         self._name = name
         self._rows = rows
         self._about = json.dumps(about, ensure_ascii=False)
+        self._compare(about)
         self._waiting: list[Mapping[str, Any]] = []
+        self._seen: set[str] = set()  # since the start
         self._since = 0.0  # when the first of those that wait came
         folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / _ABOUT, self._about.encode())
         for left in folder.glob(".part-*"):
             left.unlink()
         self._next = max((int(file.stem.rpartition("-")[2]) for file in self.files()), default=-1) + 1
+
+    def _compare(self, about: Mapping[str, Any]) -> None:
+        try:
+            before = json.loads((self.folder / _ABOUT).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        other = [name for name, value in json.loads(json.dumps(about)).items() if before.get(name) != value]
+        if other and self.files():
+            told = ", ".join(f"{name} {before.get(name)!r}, now {about[name]!r}" for name in other)
+            raise DataError(f"{self.folder} was made otherwise ({told}); choose another run_dir")
 
     def files(self) -> list[Path]:
         """What is written, in order."""
@@ -79,8 +98,13 @@ class Shards(ABC):
                     f"{file} is damaged: {error}; take it away, and its rows are made again"
                 ) from error
 
+    def refusal(self, row: Mapping[str, Any]) -> str:
+        """Why the row cannot be written; empty: it can."""
+        return "another row has this id" if row["id"] in self._seen else ""
+
     def add(self, row: Mapping[str, Any]) -> None:
-        """Writes the row, sooner or later: `close` at the latest."""
+        """Writes the row, sooner or later: with `flush` at the latest."""
+        self._seen.add(row["id"])
         if not self._waiting:
             self._since = time.monotonic()
         self._waiting.append(row)
@@ -103,7 +127,7 @@ class Shards(ABC):
 
 
 class Parquet(Shards):
-    """A column per field; how they were made is in the file's metadata, under `caprl_async`."""
+    """A column per field; how rows were made is in the file's metadata, under `caprl_async`."""
 
     suffix = ".parquet"
 
@@ -118,12 +142,11 @@ class Parquet(Shards):
 
 
 class Conversations(Shards):
-    """JSON lines as ShareGPT's: a turn that asks, and the caption; `about.json` lies beside them."""
+    """JSON lines as ShareGPT's: a turn that asks, and the caption."""
 
     suffix = ".jsonl"
 
     def _encoded(self, rows: Sequence[Mapping[str, Any]]) -> bytes:
-        write_bytes(self.folder / "about.json", self._about.encode())
         return b"".join(
             json.dumps(_conversation(row, index), ensure_ascii=False).encode() + b"\n"
             for row in rows

@@ -1,0 +1,205 @@
+"""Stage and outputs of the jobs that stream images through models; with Ray: test_jobs_annotate.py."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from endpoint_kit import FakeServer, Tokens, says, serving
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from caprl_async.choices import Form
+from caprl_async.config import EndpointConfig, WriterConfig
+from caprl_async.data.rows import DataError
+from caprl_async.jobs.annotate import Captioned
+from caprl_async.stream.done import Done
+from caprl_async.stream.shards import CAPTIONED, FORMS, Shards
+from caprl_async.stream.stage import ModelAway, WriterStage
+
+
+def png(color: str = "red") -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (56, 56), color).save(out, "PNG")
+    return out.getvalue()
+
+
+# ---------------------------------------------------------------- ids
+
+
+@given(st.lists(st.text()), st.lists(st.text()))
+def test_done_is_a_set(ids: list[str], others: list[str]) -> None:
+    done = Done(ids)
+    assert done.has([*ids, *others]).tolist() == [True] * len(ids) + [other in ids for other in others]
+
+
+# ---------------------------------------------------------------- outputs
+
+ABOUT = {"captioner": "tiny", "prompt": "what?"}
+
+
+def row(row_id: str, **changes: Any) -> dict[str, Any]:
+    base = {
+        "id": row_id, "path": f"{row_id}.png", "sha256": "x", "prompt": "what?",
+        "captions": ["a red dot", "a dot"], "finish": ["stop", "length"], "tokens": [3, 2],
+    }  # fmt: skip
+    return base | changes
+
+
+def opened(form: Form, folder: Path, rows: int = 2) -> Shards:
+    return FORMS[form](folder, "captions", rows, ABOUT)
+
+
+@pytest.mark.parametrize("form", list(Form))
+def test_outputs_hold_each_row_once_over_starts(form: Form, tmp_path: Path) -> None:
+    data = {"data": png()} if form is Form.webdataset else {}
+    shards = opened(form, tmp_path)
+    for name in ("a", "b", "c"):
+        shards.add(row(name, **data))
+    assert list(dict.fromkeys(shards.ids())) == ["a", "b"]  # the third waits for its shard to fill
+    (tmp_path / ".part-captions-000001.x").write_bytes(b"half")  # and a start that died left this
+    again = opened(form, tmp_path)
+    assert list(dict.fromkeys(again.ids())) == ["a", "b"]
+    again.add(row("c", **data))
+    again.flush()
+    assert list(dict.fromkeys(again.ids())) == ["a", "b", "c"]
+    assert len(again.files()) == 2
+    assert not list(tmp_path.glob(".part-*"))
+
+
+def test_parquet_says_how_it_was_made(tmp_path: Path) -> None:
+    shards = opened(Form.parquet, tmp_path)
+    shards.add(row("a"))
+    shards.flush()
+    (file,) = shards.files()
+    table = pq.read_table(file)
+    assert table.to_pylist() == [row("a")]
+    assert json.loads(pq.read_schema(file).metadata[b"caprl_async"]) == ABOUT
+
+
+def test_conversations_are_those_of_sharegpt(tmp_path: Path) -> None:
+    shards = opened(Form.sharegpt, tmp_path)
+    shards.add(row("a"))
+    shards.flush()
+    first, second = (json.loads(line) for line in shards.files()[0].read_text().splitlines())
+    assert first == {
+        "id": "a",
+        "image": "a.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\nwhat?"},
+            {"from": "gpt", "value": "a red dot"},
+        ],
+    }
+    assert second["conversations"][1]["value"] == "a dot"
+    assert json.loads((tmp_path / "about.json").read_text()) == ABOUT
+
+
+def test_webdataset_holds_the_images(tmp_path: Path) -> None:
+    shards = opened(Form.webdataset, tmp_path)
+    shards.add(row("a", data=png()))
+    shards.flush()
+    with tarfile.open(shards.files()[0]) as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    keys = {name.partition(".")[0] for name in members}
+    assert len(keys) == 1
+    (key,) = keys
+    assert members[f"{key}.png"] == png()
+    assert members[f"{key}.txt"] == b"a red dot"
+    assert json.loads(members[f"{key}.json"])["about"] == ABOUT
+
+
+def test_what_was_made_otherwise_is_not_mixed(tmp_path: Path) -> None:
+    shards = opened(Form.parquet, tmp_path)
+    shards.add(row("a"))
+    shards.flush()
+    with pytest.raises(DataError, match=r"captioner 'tiny', now 'large'"):
+        FORMS[Form.parquet](tmp_path, "captions", 2, ABOUT | {"captioner": "large"})
+
+
+@pytest.mark.parametrize("form", list(Form))
+def test_a_damaged_output_is_named(form: Form, tmp_path: Path) -> None:
+    shards = opened(form, tmp_path)
+    (tmp_path / f"captions-000000{shards.suffix}").write_bytes(b"x" * 700)
+    with pytest.raises(DataError, match="captions-000000"):
+        list(shards.ids())
+
+
+# ---------------------------------------------------------------- the stage
+
+
+def say_hello(prompt: str) -> Tokens:
+    return {" hello": 1.0}
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    with serving(say_hello) as fake:
+        yield fake
+
+
+def stage(server: FakeServer, **changes: Any) -> WriterStage:
+    endpoint = EndpointConfig(url=server.url, retries=0, timeout_s=5.0, max_in_flight=1)
+    config = WriterConfig(endpoint=endpoint, max_tokens=1, **changes)
+    what = Captioned("what?", captions=1, seed=0)
+    return WriterStage(config, "captioner", 0, what.asks, what.take, CAPTIONED)
+
+
+def batch(*rows: dict[str, Any]) -> pa.Table:
+    base = {"id": "x", "path": None, "data": None, "problem": None}
+    return pa.Table.from_pylist([base | one for one in rows])
+
+
+def through(made: WriterStage, *rows: dict[str, Any]) -> list[dict[str, Any]]:
+    return list(asyncio.run(made(batch(*rows))).to_pylist())
+
+
+def test_a_row_that_cannot_be_asked_or_answered_costs_only_itself(server: FakeServer, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    server.faults = [says(400, "too large")]
+    found = through(
+        stage(server),
+        {"id": "refused", "data": png("blue")},
+        {"id": "lost", "path": str(tmp_path / "none.png")},
+        {"id": "known", "problem": "the row has no image"},
+        {"id": "good", "path": str(tmp_path / "a.png")},
+    )
+    problems = {one["id"]: one["problem"] for one in found}
+    assert "too large" in problems["refused"]
+    assert "none.png" in problems["lost"]
+    assert problems["known"] == "the row has no image"
+    assert problems["good"] is None
+    assert found[-1]["captions"] == ["hello"]
+    assert len(server.bodies) == 2
+
+
+def test_an_empty_caption_is_none(server: FakeServer) -> None:
+    server.tokens = lambda prompt: {" ": 1.0}
+    (found,) = through(stage(server), {"data": png()})
+    assert "wrote nothing" in found["problem"]
+
+
+def test_a_model_that_is_away_ends_the_job_and_one_bad_row_does_not(server: FakeServer) -> None:
+    made = stage(server, refusals=2)
+    server.faults = [says(500), says(500)]
+    found = through(made, *({"id": str(n), "data": png()} for n in range(3)))
+    assert [bool(one["problem"]) for one in found] == [True, True, False]
+    server.always = says(503, "gone")
+    with pytest.raises(ModelAway, match=r"captioner.*3 rows.*gone"):
+        through(made, *({"id": str(n), "data": png()} for n in range(4)))
+
+
+def test_what_is_asked_depends_on_the_row_alone() -> None:
+    what = Captioned("what?", captions=3, seed=1)
+    asks = [what.asks({"id": name, "data": png(), "path": None})[0] for name in ("a", "a", "b")]
+    assert asks[0] == asks[1]
+    assert asks[0].seed != asks[2].seed
+    assert asks[0].n == 3
