@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from caprl_async import conf_checks, conf_files, conf_help
+from caprl_async.conf_bounds import WRITERS
 from caprl_async.conf_checks import ConfError
 from caprl_async.config import Config
 from caprl_async.observe.names import METRICS
@@ -55,7 +56,18 @@ RESOLVED = "conf.yaml"
 
 _PACKAGE = Path(__file__).resolve().parent
 _WRITTEN = ("run_dir", "data.image_dir")  # paths that the run makes; all other paths must exist
-_READ = ("run", "data.images", "captioner.model", *conf_files.INPUT_FILES, *conf_files.INPUT_MODELS)
+_WRITERS = tuple(f"{who}.model" for who in WRITERS)
+_INPUTS = ("run", "data.images", "prism.data", "prism.captions_from")
+_READ = (
+    *_INPUTS,
+    "run",
+    "data.images",
+    "prism.data",
+    "prism.captions_from",
+    *_WRITERS,
+    *conf_files.INPUT_FILES,
+    *conf_files.INPUT_MODELS,
+)
 _SHOWN = 200  # characters of a wrong key or value
 _UNFIT = (OmegaConfBaseException, ValueError, OverflowError)
 """What OmegaConf raises at a value of a wrong type; ValueError: one of thousands of digits, which it cannot

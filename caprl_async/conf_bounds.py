@@ -11,6 +11,9 @@ _NOT_NEGATIVE: Bound = ("0 or more", lambda v: v >= 0)
 _AT_LEAST_1: Bound = ("1 or more", lambda v: v >= 1)
 _SHARE: Bound = ("between 0 and 1", lambda v: 0 <= v <= 1)
 
+WRITERS = ("captioner", "answerer", "grader")
+"""Keys of models that write."""
+
 _ENGINE: dict[str, Bound] = {
     "max_model_len": _AT_LEAST_1,
     "max_num_seqs": _AT_LEAST_1,
@@ -108,7 +111,9 @@ BOUNDS: dict[str, Bound] = {
     "evaluate.images": _NOT_NEGATIVE,
     "evaluate.probe_images": _NOT_NEGATIVE,
     "evaluate.temperature": _NOT_NEGATIVE,
-    **{f"captioner.{name}": bound for name, bound in _WRITER.items()},
+    **{f"{who}.{name}": bound for who in WRITERS for name, bound in _WRITER.items()},
+    "prism.captions": _AT_LEAST_1,
+    "prism.limit": _NOT_NEGATIVE,
     "annotate.captions": _AT_LEAST_1,
     "annotate.rows_per_file": _AT_LEAST_1,
     "checkpoint.interval": _AT_LEAST_1,

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 
 from caprl_async import conf_files, conf_help, conf_learner, conf_loss, conf_values
-from caprl_async.conf_bounds import BOUNDS
+from caprl_async.conf_bounds import BOUNDS, WRITERS
 from caprl_async.conf_help import value_of
 from caprl_async.config import Blind, Config, EngineConfig, JudgeMode, WeightBackend
 from caprl_async.endpoint.protocol import patience_s
@@ -19,6 +19,7 @@ from caprl_async.judge.prompt import ALWAYS, WITH_LETTERS, PromptError, check_pl
 JOBS = {
     "train": conf_files.problems,
     "annotate": conf_files.annotate_problems,
+    "evaluate": conf_files.evaluate_problems,
     "inspect": conf_files.run_problems,
     "replay": conf_files.run_problems,
 }
@@ -107,7 +108,7 @@ def _choices(config: Config) -> Iterator[str]:
         ("learner.device", ("cpu", "cuda")),
         ("rollout.engine.dtype", ENGINE_DTYPES),
         ("judge.engine.dtype", ENGINE_DTYPES),
-        ("captioner.engine.dtype", ENGINE_DTYPES),
+        *((f"{who}.engine.dtype", ENGINE_DTYPES) for who in WRITERS),
         ("observe.log_level", ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")),
     ):
         value = value_of(config, key)

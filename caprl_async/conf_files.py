@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from caprl_async.benchmarks.table import BENCHMARKS, GRADED
 from caprl_async.conf_help import value_of
 from caprl_async.config import Config, WriterConfig
 
@@ -64,6 +65,30 @@ def annotate_problems(config: Config) -> Iterator[str]:
     begun = any((folder / "captions").glob("captions-*"))
     if begun and not config.resume:
         yield f"run_dir={folder} already holds captions; go on with them by resume=true, or choose another"
+
+
+def evaluate_problems(config: Config) -> Iterator[str]:
+    """The same for the job that measures captions."""
+    prism, folder = config.prism, Path(config.run_dir)
+    known = ", ".join(BENCHMARKS)
+    if prism.benchmark not in BENCHMARKS:
+        yield f"prism.benchmark={prism.benchmark!r} is no benchmark that is known; known are {known}"
+    if not prism.data:
+        yield "prism.data is empty: name the benchmark's .tsv or .parquet file"
+    elif not Path(prism.data).exists():
+        yield f"prism.data={prism.data} does not exist"
+    for placeholder in ("{caption}", "{question}"):
+        if prism.template.count(placeholder) != 1:
+            yield f"prism.template must hold {placeholder} exactly once"
+    if not prism.captions_from:
+        yield from writer_problems(config.captioner, "captioner", sees=True)
+    elif not Path(prism.captions_from).exists():
+        yield f"prism.captions_from={prism.captions_from} does not exist"
+    yield from writer_problems(config.answerer, "answerer", sees=False)
+    if prism.benchmark in GRADED:
+        yield from writer_problems(config.grader, "grader", sees=False)
+    if any((folder / "answers").glob("answers-*")) and not config.resume:
+        yield f"run_dir={folder} already holds answers; go on with them by resume=true, or choose another"
 
 
 def writer_problems(config: WriterConfig, key: str, *, sees: bool) -> Iterator[str]:

@@ -23,6 +23,7 @@ python -m caprl_async.run conf=FILE [conf=FILE ...] [key=value ...]
   python -m caprl_async.run conf=runs/demo/conf.yaml resume=true            # go on with a run
 
   python -m caprl_async.run conf=conf/annotate.yaml data.images=my/images captioner.model=runs/demo/model
+  python -m caprl_async.run conf=conf/evaluate.yaml prism.benchmark=chartqa prism.data=ChartQA_TEST.tsv ...
 
   python -m caprl_async.run conf=conf/inspect.yaml run=runs/demo            # what a run has recorded
   python -m caprl_async.run conf=conf/inspect.yaml run=runs/demo sample=train/17@0#3   # a caption's life

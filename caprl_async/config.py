@@ -337,6 +337,23 @@ class AnnotateConfig:
 
 
 @dataclass
+class PrismConfig:
+    """Captions measured by what an answerer that sees no image can answer from them."""
+
+    benchmark: str = key("", "its name: docs/prism.md lists those that are known")
+    data: str = key("", "its .tsv (VLMEvalKit) or .parquet (Hugging Face) file, or a folder of them")
+    captions: int = key(4, "captions per image")
+    captions_from: str = key(
+        "", "captions made elsewhere: jsonl or parquet (docs/prism.md); empty: captioner's"
+    )
+    limit: int = key(0, "questions asked, the file's first; 0: all")
+    template: str = key(
+        "A caption tells what an image shows:\n<<<\n{caption}\n>>>\nAnswer from the caption.\n{question}",
+        "what the answerer reads; {caption} and {question} are filled in",
+    )
+
+
+@dataclass
 class CheckpointConfig:
     """What is kept."""
 
@@ -407,8 +424,8 @@ class Config:
 
     job: str = key(
         "train",
-        "what to do: train | annotate (captions images) | inspect (shows what a run recorded) | replay (trains "
-        "on it)",
+        "what to do: train | annotate (captions images) | evaluate (captions by what they let answer) | "
+        "inspect (what a run recorded) | replay (trains on it)",
     )
     run_dir: str = key("runs/run", "everything the job writes is in here")
     resume: bool = key(False, "go on with the run that run_dir holds")
@@ -428,6 +445,9 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     captioner: WriterConfig = field(default_factory=WriterConfig)
     annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
+    answerer: WriterConfig = field(default_factory=WriterConfig)
+    grader: WriterConfig = field(default_factory=WriterConfig)
+    prism: PrismConfig = field(default_factory=PrismConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     ring: RingConfig = field(default_factory=RingConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)

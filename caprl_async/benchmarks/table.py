@@ -251,4 +251,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "mmvet": Benchmark("MM-Vet", _mmvet),
     "mme_realworld": Benchmark("MME-RealWorld", _letters, macro=True),
 }
-"""By the name that `evaluate.benchmark` takes."""
+"""By the name that `prism.benchmark` takes."""
+
+GRADED = ("charxiv", "mmvet")
+"""Those whose answers no rule can compare: they need a grader."""

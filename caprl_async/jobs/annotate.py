@@ -46,7 +46,9 @@ def run(config: Config) -> None:
     with conf.run_folder(config) as folder:
         with explained():
             form = FORMS[annotate.form]
-            shards = form(folder / CAPTIONS, CAPTIONS, annotate.rows_per_file, _about(config))
+            shards = form(
+                folder / CAPTIONS, CAPTIONS, annotate.rows_per_file, about_captions(config, annotate.captions)
+            )
         try:
             cluster.connect(config.ring, log_level=config.observe.log_level)
             hush(config.observe.log_level)
@@ -70,19 +72,18 @@ def run(config: Config) -> None:
         sys.exit(SOME_FAILED)
 
 
-def _about(config: Config) -> dict[str, Any]:
-    """How the captions are made, for whoever finds them."""
+def about_captions(config: Config, captions: int) -> dict[str, Any]:
+    """How the captions are made, so many of each image, for whoever finds them."""
     captioner = config.captioner
     return {
         "captioner": captioner.endpoint.model or captioner.endpoint.url or captioner.model,
         "prompt": config.data.prompt,
         "temperature": captioner.temperature,
         "max_tokens": captioner.max_tokens,
-        "captions": config.annotate.captions,
+        "captions": captions,
         "min_pixels": captioner.min_pixels,
         "max_pixels": captioner.max_pixels,
         "seed": config.seed,
-        "source": config.data.images,
     }
 
 

@@ -47,16 +47,17 @@ class Shards(ABC):
     """Files of one form in one folder. Rows are mappings with an `id`."""
 
     suffix: str
-    schema = CAPTIONED
-    """Columns of the rows that it takes."""
 
-    def __init__(self, folder: Path, name: str, rows: int, about: Mapping[str, Any]) -> None:
-        """`rows` of a file; `about` says how they were made, and is kept with them.
+    def __init__(
+        self, folder: Path, name: str, rows: int, about: Mapping[str, Any], schema: pa.Schema = CAPTIONED
+    ) -> None:
+        """`rows` of a file; `about` says how they were made, and is kept with them; `schema` what they hold.
 
         Raises:
             DataError: the folder holds what was made otherwise.
         """
         self.folder = folder
+        self.schema = schema
         self._name = name
         self._rows = rows
         self._about = json.dumps(about, ensure_ascii=False)
@@ -140,6 +141,11 @@ class Parquet(Shards):
     def _ids(self, file: Path) -> Iterator[str]:
         yield from pq.read_table(file, columns=["id"])["id"].to_pylist()
 
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Every row that is written."""
+        for file in self.files():
+            yield from pq.read_table(file).to_pylist()
+
 
 class Conversations(Shards):
     """JSON lines as ShareGPT's: a turn that asks, and the caption."""
@@ -174,7 +180,10 @@ class WebDataset(Shards):
     """Tar files: of each row its image, its first caption as `.txt`, and everything as `.json`."""
 
     suffix = ".tar"
-    schema = CAPTIONED.append(pa.field("data", pa.binary()))
+
+    def __init__(self, folder: Path, name: str, rows: int, about: Mapping[str, Any]) -> None:
+        """See `Shards`."""
+        super().__init__(folder, name, rows, about, CAPTIONED.append(pa.field("data", pa.binary())))
 
     def _encoded(self, rows: Sequence[Mapping[str, Any]]) -> bytes:
         sink = io.BytesIO()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from caprl_async.data.rows import DataError
+from caprl_async.types import ImageRef
 
 SCHEMA = pa.schema(
     [("id", pa.string()), ("path", pa.string()), ("data", pa.binary()), ("problem", pa.string())]
@@ -88,6 +89,15 @@ def _parquet_head(files: list[str]) -> tuple[list[str], int]:
         total += head.num_rows
         wanted = [name for name in (*_IDS, *_COLUMNS) if name in names]
     return wanted, total
+
+
+def listed(images: Iterable[ImageRef]) -> Any:
+    """A ray.data.Dataset of SCHEMA, of images that lie in files; their ids are their hashes."""
+    import ray.data
+
+    reading: Any = ray.data
+    rows = [{"id": image.sha256, "path": image.path} for image in images]
+    return reading.from_arrow([_table(rows[at : at + _BLOCK]) for at in range(0, len(rows), _BLOCK)])
 
 
 def _files(path: Path, suffix: str) -> list[str]:
