@@ -57,7 +57,10 @@ RESOLVED = "conf.yaml"
 _PACKAGE = Path(__file__).resolve().parent
 _WRITTEN = ("run_dir", "data.image_dir")  # paths that the run makes; all other paths must exist
 _WRITERS = tuple(f"{who}.model" for who in WRITERS)
-_INPUTS = ("run", "data.images", "prism.data", "prism.captions_from")
+_INPUTS = (
+    *("run", "data.images", "prism.data", "prism.captions_from"),
+    *("curate.questions_from", "curate.exclude"),
+)
 _READ = (
     *_INPUTS,
     "run",

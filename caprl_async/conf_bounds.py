@@ -11,7 +11,7 @@ _NOT_NEGATIVE: Bound = ("0 or more", lambda v: v >= 0)
 _AT_LEAST_1: Bound = ("1 or more", lambda v: v >= 1)
 _SHARE: Bound = ("between 0 and 1", lambda v: 0 <= v <= 1)
 
-WRITERS = ("captioner", "answerer", "grader")
+WRITERS = ("captioner", "answerer", "grader", "questioner", "checker")
 """Keys of models that write."""
 
 _ENGINE: dict[str, Bound] = {
@@ -112,6 +112,13 @@ BOUNDS: dict[str, Bound] = {
     "evaluate.probe_images": _NOT_NEGATIVE,
     "evaluate.temperature": _NOT_NEGATIVE,
     **{f"{who}.{name}": bound for who in WRITERS for name, bound in _WRITER.items()},
+    "curate.questions": _AT_LEAST_1,
+    "curate.permutations": _AT_LEAST_1,
+    "curate.with_image_above": _SHARE,
+    "curate.without_image_below": ("between 0 and 1, or above: all are kept", lambda v: v >= 0),
+    "curate.with_caption_above": ("below 1; below 0: all are kept", lambda v: v < 1),
+    "curate.near": ("-1 (off) to 15 bits", lambda v: -1 <= v <= 15),
+    "curate.rows_per_file": _AT_LEAST_1,
     "prism.captions": _AT_LEAST_1,
     "prism.limit": _NOT_NEGATIVE,
     "annotate.captions": _AT_LEAST_1,

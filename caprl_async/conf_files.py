@@ -91,6 +91,30 @@ def evaluate_problems(config: Config) -> Iterator[str]:
         yield f"run_dir={folder} already holds answers; go on with them by resume=true, or choose another"
 
 
+def curate_problems(config: Config) -> Iterator[str]:
+    """The same for the job that makes questions."""
+    curate, folder = config.curate, Path(config.run_dir)
+    if curate.questions_from:
+        if not Path(curate.questions_from).exists():
+            yield f"curate.questions_from={curate.questions_from} does not exist"
+    elif not config.data.images:
+        yield "data.images is empty: job=curate needs images (or questions, curate.questions_from)"
+    elif not Path(config.data.images).exists():
+        yield f"data.images={config.data.images} does not exist"
+    else:
+        yield from writer_problems(config.questioner, "questioner", sees=True)
+    if curate.exclude and not Path(curate.exclude).exists():
+        yield f"curate.exclude={curate.exclude} does not exist"
+    checker, judge = config.checker, config.judge
+    if checker.model or checker.endpoint.url:
+        yield from writer_problems(checker, "checker", sees=True)
+    elif not (judge.model or judge.endpoint.url):
+        yield "checker.model (or checker.endpoint.url) is empty, and so is judge.model: nobody checks the questions"
+    begun = [name for name in ("written", "checked", "judged") if any((folder / name).glob(f"{name}-*"))]
+    if begun and not config.resume:
+        yield f"run_dir={folder} already holds a curation; go on with it by resume=true, or choose another"
+
+
 def writer_problems(config: WriterConfig, key: str, *, sees: bool) -> Iterator[str]:
     """The same for a model that writes; `sees`: it is shown images."""
     if config.endpoint.url:

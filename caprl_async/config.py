@@ -354,6 +354,28 @@ class PrismConfig:
 
 
 @dataclass
+class CurateConfig:
+    """Questions about images, written by `questioner` and kept if `checker` needs the image for them."""
+
+    questions: int = key(5, "questions asked for per image")
+    prompt: str = key("", "what the questioner is told; {n} is the number of questions; empty: our own words")
+    permutations: int = key(4, "orders of its options in which each question is answered")
+    with_image_above: float = key(
+        0.75, "a question is kept if it is answered right more often with the image"
+    )
+    without_image_below: float = key(0.25, "and less often without it")
+    with_caption_above: float = key(0.5, "and more often from the row's own caption, where it has one")
+    near: int = key(
+        6, "images whose perceptual hashes differ by so many bits or fewer count once; -1: not looked at"
+    )
+    exclude: str = key("", "images (as data.images) whose near-duplicates are left out: those of benchmarks")
+    questions_from: str = key(
+        "", "questions that there are (as data.train), instead of data.images: they are only checked"
+    )
+    rows_per_file: int = key(10_000, "images per output file")
+
+
+@dataclass
 class CheckpointConfig:
     """What is kept."""
 
@@ -424,7 +446,7 @@ class Config:
 
     job: str = key(
         "train",
-        "what to do: train | annotate (captions images) | evaluate (captions by what they let answer) | "
+        "what to do: train | curate (questions) | annotate (captions images) | evaluate (captions by what they let answer) | "
         "inspect (what a run recorded) | replay (trains on it)",
     )
     run_dir: str = key("runs/run", "everything the job writes is in here")
@@ -447,6 +469,9 @@ class Config:
     annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
     answerer: WriterConfig = field(default_factory=WriterConfig)
     grader: WriterConfig = field(default_factory=WriterConfig)
+    questioner: WriterConfig = field(default_factory=WriterConfig)
+    checker: WriterConfig = field(default_factory=WriterConfig)
+    curate: CurateConfig = field(default_factory=CurateConfig)
     prism: PrismConfig = field(default_factory=PrismConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     ring: RingConfig = field(default_factory=RingConfig)

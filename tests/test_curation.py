@@ -8,8 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
+from caprl_async.config import CurateConfig
+from caprl_async.curation.checks import Accuracy, is_right, orders, prompt, refusal, shown
 from caprl_async.curation.near import Near, perceptual_hash
 from caprl_async.curation.written import FORM, parse
+from caprl_async.types import Question
 
 ABSTAIN = "Can not answer based on the caption"
 GOOD = """\
@@ -112,3 +115,38 @@ def test_a_brighter_smaller_copy_looks_alike_and_another_image_does_not() -> Non
     near = Near(6, [perceptual_hash(image)])
     assert near.find(perceptual_hash(copy)) is not None
     assert near.find(perceptual_hash(other)) is None
+
+
+# ---------------------------------------------------------------- what is kept
+
+
+def test_each_order_is_read_as_it_is_shown() -> None:
+    question = Question(question_id="q", stem="What?", choices=("red", "blue", "green"), answer=1)
+    (made,) = orders([question], 4)
+    places = [shown(question, order, seen=False).index("blue") for order in made]
+    assert sorted(places) == [0, 0, 1, 2], "every place in turn"
+    for order in made:
+        for seen in (True, False):
+            text = prompt(question, order, seen)
+            letter = "ABC"[shown(question, order, seen).index("blue")]
+            assert f"{letter}) blue" in text
+            assert ("None of the above" in text) == seen
+            assert is_right(question, order, seen, letter)
+            assert is_right(question, order, seen, f"{letter}) blue")
+            assert not is_right(question, order, seen, "D")
+            assert not is_right(question, order, seen, "I cannot say")
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        (Accuracy(1.0, 0.0), ""),
+        (Accuracy(0.75, 0.0), "image_does_not_answer"),
+        (Accuracy(1.0, 0.25), "answered_without_image"),
+        (Accuracy(None, 0.0, 0.9), ""),
+        (Accuracy(1.0, 0.0, 0.5), "caption_does_not_answer"),
+        (Accuracy(), ""),
+    ],
+)
+def test_the_rule(found: Accuracy, reason: str) -> None:
+    assert refusal(found, CurateConfig()) == reason

@@ -150,7 +150,7 @@ def stage(server: FakeServer, **changes: Any) -> WriterStage:
     endpoint = EndpointConfig(url=server.url, retries=0, timeout_s=5.0, max_in_flight=1)
     config = WriterConfig(endpoint=endpoint, max_tokens=1, **changes)
     what = Captioned("what?", captions=1, seed=0)
-    return WriterStage(config, "captioner", 0, what.asks, what.take, CAPTIONED)
+    return WriterStage(config, "captioner", 0, what, CAPTIONED)
 
 
 def batch(*rows: dict[str, Any]) -> pa.Table:

@@ -9,6 +9,9 @@ from itertools import pairwise
 import numpy as np
 from PIL import Image
 
+from caprl_async.data.processor import read_image
+from caprl_async.types import ImageData, ImageRef
+
 BITS = 64
 
 
@@ -17,6 +20,15 @@ def perceptual_hash(image: Image.Image) -> int:
     from imagehash import phash
 
     return int(str(phash(image)), 16)
+
+
+def hash_of(image: ImageRef | ImageData) -> int:
+    """The perceptual hash of an image that is still encoded.
+
+    Raises:
+        UnreadableImage: it cannot be read.
+    """
+    return perceptual_hash(read_image(image))
 
 
 class Near:

@@ -20,12 +20,13 @@ from caprl_async.config import Config
 from caprl_async.judge.permutations import seed_of
 from caprl_async.ring import cluster
 from caprl_async.stream import hush
-from caprl_async.stream.pipeline import Model, Passed, run_pass
+from caprl_async.stream.pipeline import Passed, run_pass
 from caprl_async.stream.shards import FORMS
 from caprl_async.stream.sources import open_images
-from caprl_async.stream.stage import Row, explained
+from caprl_async.stream.stage import Row, asking, explained
 from caprl_async.types import ImageData
 from caprl_async.writer.types import Ask, Text
+from caprl_async.writer.writer import model_name
 
 CAPTIONS = "captions"
 FAILURES = "failures.jsonl"
@@ -57,9 +58,7 @@ def run(config: Config) -> None:
             passed = run_pass(
                 images.rows,
                 images.total,
-                Model(config.captioner, "captioner", config.seed),
-                what.asks,
-                what.take,
+                asking(config.captioner, "captioner", config.seed, what, shards.schema),
                 shards,
                 folder / FAILURES,
                 console,
@@ -76,7 +75,7 @@ def about_captions(config: Config, captions: int) -> dict[str, Any]:
     """How the captions are made, so many of each image, for whoever finds them."""
     captioner = config.captioner
     return {
-        "captioner": captioner.endpoint.model or captioner.endpoint.url or captioner.model,
+        "captioner": model_name(captioner),
         "prompt": config.data.prompt,
         "temperature": captioner.temperature,
         "max_tokens": captioner.max_tokens,

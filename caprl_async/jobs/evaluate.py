@@ -32,11 +32,12 @@ from caprl_async.ring import cluster
 from caprl_async.ring.errors import RingFailed
 from caprl_async.stream import hush
 from caprl_async.stream.captions import read_captions
-from caprl_async.stream.pipeline import Model, run_pass
+from caprl_async.stream.pipeline import run_pass
 from caprl_async.stream.shards import CAPTIONED, Parquet
 from caprl_async.stream.sources import listed
-from caprl_async.stream.stage import explained
+from caprl_async.stream.stage import asking, explained
 from caprl_async.stream.texts import ANSWERED, Texts, rows_of
+from caprl_async.writer.writer import model_name
 
 ANSWERS = "answers"
 GRADES = "grades"
@@ -113,9 +114,10 @@ class _Prism:
         what = Captioned(config.data.prompt, prism.captions, config.seed)
         about = about_captions(config, prism.captions)
         shards = self._shards(CAPTIONS, about, CAPTIONED)
+        stage = asking(config.captioner, "captioner", config.seed, what, CAPTIONED)
         run_pass(
-            listed(images.values()), len(images), Model(config.captioner, "captioner", config.seed),
-            what.asks, what.take, shards, self._folder / CAPTIONS / FAILURES, self._console, what="images",
+            listed(images.values()), len(images), stage, shards,
+             self._folder / CAPTIONS / FAILURES, self._console, what="images",
         )  # fmt: skip
         return {row["sha256"]: row["captions"] for row in shards.read()}
 
@@ -156,7 +158,7 @@ class _Prism:
     ) -> dict[str, Sequence[str]]:  # fmt: skip
         shards, texts = self._shards(name, about, ANSWERED), Texts(self._config.seed)
         run_pass(
-            rows_of(prompts), len(prompts), Model(model, key, self._config.seed), texts.asks, texts.take,
+            rows_of(prompts), len(prompts), asking(model, key, self._config.seed, texts, ANSWERED),
             shards, self._folder / name / FAILURES, self._console, what=what,
         )  # fmt: skip
         return {row["id"]: row["answers"] for row in shards.read()}
@@ -203,7 +205,7 @@ class _Prism:
 
 def _about(model: WriterConfig) -> dict[str, Any]:
     return {
-        "model": model.endpoint.model or model.endpoint.url or model.model,
+        "model": model_name(model),
         "temperature": model.temperature,
         "max_tokens": model.max_tokens,
     }

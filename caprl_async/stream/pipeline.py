@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,10 @@ from typing import Any
 import pyarrow as pa
 from rich.console import Console
 
-from caprl_async.config import WriterConfig
 from caprl_async.observe.counting import Counting
 from caprl_async.stream.done import Done
 from caprl_async.stream.shards import Shards
-from caprl_async.stream.stage import MakeAsks, TakeAnswers, explained, through
-
-
-@dataclass(frozen=True)
-class Model:
-    """Who is asked: `key` is that of the conf which holds `config`."""
-
-    config: WriterConfig
-    key: str
-    seed: int
+from caprl_async.stream.stage import explained
 
 
 @dataclass
@@ -41,18 +32,17 @@ class Passed:
 def run_pass(
     rows: Any,
     total: int | None,
-    model: Model,
-    asks: MakeAsks,
-    take: TakeAnswers,
+    stage: Callable[[Any], Any],
     shards: Shards,
     failures: Path,
     console: Console,
     *,
     what: str,
 ) -> Passed:
-    """Rows (a ray.data.Dataset with `id` and `problem`) that `shards` lacks, through the model, into it.
+    """Rows (a ray.data.Dataset with `id` and `problem`) that `shards` lacks, through a stage, into it.
 
-    A row that fails is a line of `failures` with its reason, and no more: the next pass tries it again.
+    `total` is their number, None if it is not known; `stage` makes of a data set the one behind the stage. A
+    row that fails is a line of `failures` with its reason, and no more: the next pass tries it again.
 
     Raises:
         ConfError, RingFailed: see `stage.explained`. What was made until then is in the output.
@@ -63,7 +53,7 @@ def run_pass(
     if len(done):
         console.print(f"{what}: {len(done)} are done already", markup=False)
         rows = rows.map_batches(_without, fn_args=(done,), batch_format="pyarrow")
-    asked = through(rows, model.config, model.key, model.seed, asks, take, shards.schema)
+    asked = stage(rows)
     left = None if total is None else max(0, total - len(done))
     with Counting(what, left, console) as counting, failures.open("w", encoding="utf-8") as lost:
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,9 @@ def open_images(source: str) -> Images:
     found = list(_images(path))
     if not found:
         raise DataError(f"{source}: it holds no image, nor a .parquet, .tar or .arrow file")
-    blocks = [_listed(path, found[at : at + _BLOCK]) for at in range(0, len(found), _BLOCK)]
-    return Images(reading.from_arrow(blocks), len(found))
+    base = path if path.is_dir() else path.parent
+    rows = [{"id": str(file.relative_to(base)), "path": str(file.resolve())} for file in found]
+    return Images(table_of(rows, SCHEMA), len(rows))
 
 
 def _parquet_head(files: list[str]) -> tuple[list[str], int]:
@@ -93,11 +94,16 @@ def _parquet_head(files: list[str]) -> tuple[list[str], int]:
 
 def listed(images: Iterable[ImageRef]) -> Any:
     """A ray.data.Dataset of SCHEMA, of images that lie in files; their ids are their hashes."""
+    return table_of([{"id": image.sha256, "path": image.path} for image in images], SCHEMA)
+
+
+def table_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema | None = None) -> Any:
+    """A ray.data.Dataset of these rows, at least one."""
     import ray.data
 
     reading: Any = ray.data
-    rows = [{"id": image.sha256, "path": image.path} for image in images]
-    return reading.from_arrow([_table(rows[at : at + _BLOCK]) for at in range(0, len(rows), _BLOCK)])
+    blocks = [list(rows[at : at + _BLOCK]) for at in range(0, len(rows), _BLOCK)]
+    return reading.from_arrow([pa.Table.from_pylist(block, schema=schema) for block in blocks])
 
 
 def _files(path: Path, suffix: str) -> list[str]:
@@ -116,11 +122,6 @@ def _images(path: Path) -> Iterator[Path]:
         for name in sorted(files):
             if name.lower().endswith(EXTENSIONS):
                 yield Path(folder, name)
-
-
-def _listed(root: Path, files: list[Path]) -> pa.Table:
-    base = root if root.is_dir() else root.parent
-    return _table([{"id": str(file.relative_to(base)), "path": str(file.resolve())} for file in files])
 
 
 def _table(rows: list[dict[str, Any]]) -> pa.Table:

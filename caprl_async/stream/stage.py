@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import pyarrow as pa
 
@@ -26,11 +26,16 @@ from caprl_async.writer.writer import Writer, load_writer
 log = logging.getLogger(__name__)
 
 Row: TypeAlias = dict[str, Any]
-MakeAsks = Callable[[Row], Sequence[Ask]]
-"""What a row asks; a ValueError is the row's problem."""
 
-TakeAnswers = Callable[[Row, Sequence[tuple[Text, ...]]], Row]
-"""The row with what was answered to each of its asks; a ValueError is the row's problem."""
+
+class Work(Protocol):
+    """What a job does with a row; sent to the actors. A ValueError or OSError is the row's problem."""
+
+    def asks(self, row: Row) -> Sequence[Ask]:
+        """What the row asks."""
+
+    def take(self, row: Row, answers: Sequence[tuple[Text, ...]]) -> Row:
+        """What the answers to each of its asks add to the row."""
 
 
 class ModelAway(RuntimeError):
@@ -40,13 +45,10 @@ class ModelAway(RuntimeError):
 class WriterStage:
     """Asks one model about every row. A row that cannot be answered keeps the reason in `problem`."""
 
-    def __init__(
-        self, config: WriterConfig, key: str, seed: int, asks: MakeAsks, take: TakeAnswers, out: pa.Schema
-    ) -> None:
+    def __init__(self, config: WriterConfig, key: str, seed: int, what: Work, out: pa.Schema) -> None:
         self._writer: Writer = load_writer(config, key, seed)
         self._key = key
-        self._asks = asks
-        self._take = take
+        self._what = what
         self._out = out
         self._refused = 0  # rows in a row that were refused by a fault that is not theirs
         self._patience = config.refusals
@@ -69,7 +71,7 @@ class WriterStage:
         if row["problem"]:
             return ()
         try:
-            return self._asks(row)
+            return self._what.asks(row)
         except (ValueError, OSError) as error:
             row["problem"] = f"{type(error).__name__}: {error}"
             return ()
@@ -91,8 +93,10 @@ class WriterStage:
             row["problem"] = failures[0].reason
             return
         try:
-            row.update(self._take(row, [answer for answer in answers if not isinstance(answer, Unwritten)]))
-        except ValueError as error:
+            row.update(
+                self._what.take(row, [answer for answer in answers if not isinstance(answer, Unwritten)])
+            )
+        except (ValueError, OSError) as error:
             row["problem"] = f"{type(error).__name__}: {error}"
 
 
@@ -117,25 +121,27 @@ def explained() -> Iterator[None]:
         raise RingFailed(f"{cause}; what is done is kept: go on with resume=true") from error
 
 
-def through(
-    rows: Any,
-    config: WriterConfig,
-    key: str,
-    seed: int,
-    asks: MakeAsks,
-    take: TakeAnswers,
-    out: pa.Schema,
+def asking(config: WriterConfig, key: str, seed: int, what: Work, out: pa.Schema) -> Callable[[Any], Any]:
+    """Makes of a ray.data.Dataset the one behind a `WriterStage`, with the columns of `out`."""
+    made = (config, key, seed, what, out)
+    return lambda rows: on_actors(
+        rows, WriterStage, made, config.batch_rows, config.num_actors, config.gpus_per_actor
+    )
+
+
+def on_actors(
+    rows: Any, stage: type, made: tuple[Any, ...], batch_rows: int, actors: int, gpus: float
 ) -> Any:
-    """The rows (a ray.data.Dataset) behind the stage, with the columns of `out`; see `WriterStage`."""
+    """The rows through a stage that is made with `made` in each of its actors."""
     from ray.data import ActorPoolStrategy
 
     return rows.map_batches(
-        WriterStage,
-        fn_constructor_args=(config, key, seed, asks, take, out),
-        batch_size=config.batch_rows,
+        stage,
+        fn_constructor_args=made,
+        batch_size=batch_rows,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=config.num_actors, max_tasks_in_flight_per_actor=2),
+        compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
         num_cpus=0.1,
-        num_gpus=config.gpus_per_actor,
+        num_gpus=gpus,
         max_restarts=5,
     )

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
+from caprl_async.stream.sources import table_of
 from caprl_async.stream.stage import Row
 from caprl_async.writer.types import Ask, Text
 
 ASKED = pa.schema([("id", pa.string()), ("problem", pa.string()), ("prompts", pa.list_(pa.string()))])
 ANSWERED = pa.schema([("id", pa.string()), ("problem", pa.string()), ("answers", pa.list_(pa.string()))])
-_BLOCK = 256
 
 
 def rows_of(prompts: Mapping[str, Sequence[str]]) -> Any:
     """A ray.data.Dataset of ASKED rows, from id -> its texts."""
-    import ray.data
-
-    reading: Any = ray.data
-    rows = [{"id": row_id, "problem": None, "prompts": list(texts)} for row_id, texts in prompts.items()]
-    tables = [
-        pa.Table.from_pylist(rows[at : at + _BLOCK], schema=ASKED) for at in range(0, len(rows), _BLOCK)
-    ]
-    return reading.from_arrow(tables or [ASKED.empty_table()])
+    rows = [{"id": row_id, "prompts": list(texts)} for row_id, texts in prompts.items()]
+    return table_of(rows, ASKED)
 
 
 @dataclass(frozen=True)
@@ -37,5 +31,5 @@ class Texts:
     def asks(self, row: Row) -> Sequence[Ask]:
         return [Ask(prompt, seed=self.seed) for prompt in row["prompts"]]
 
-    def take(self, row: Row, answers: Iterable[Sequence[Text]]) -> Row:
+    def take(self, row: Row, answers: Sequence[tuple[Text, ...]]) -> Row:
         return {"answers": [one.text for (one,) in answers]}

@@ -59,6 +59,11 @@ class Writer(ABC):
         self.close()
 
 
+def model_name(config: WriterConfig) -> str:
+    """Which model it is, for the record."""
+    return config.endpoint.model or config.endpoint.url or config.model
+
+
 def load_writer(config: WriterConfig, key: str, seed: int = 0) -> Writer:
     """Starts an engine for `config.model`, which takes seconds to minutes, or finds `config.endpoint`.
 

@@ -1,0 +1,323 @@
+"""Images become questions: written by `questioner`, answered with the image and without, filtered.
+
+Passes, each resumable: questions are written (or read from `curate.questions_from`); `checker` answers each in
+several orders of its options, with the image and without; `judge` does so from a row's own caption, and from
+none where there is no checker. What is kept is a CapRL-QA parquet data set with a data card.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+from rich.console import Console
+
+from caprl_async import conf
+from caprl_async.config import Config
+from caprl_async.curation.card import Card, Example, write_card
+from caprl_async.curation.checks import Accuracy, is_right, orders, prompt, refusal
+from caprl_async.curation.near import hash_of
+from caprl_async.curation.rows import CURATED, WRITTEN, Candidate, as_row, distinct, given, written
+from caprl_async.curation.written import FORM
+from caprl_async.data.images import ImageStore, image_folder
+from caprl_async.data.load import load_rows
+from caprl_async.data.processor import UnreadableImage
+from caprl_async.data.rows import Reject, append_rejects
+from caprl_async.jobs.annotate import FAILURES, SOME_FAILED
+from caprl_async.ring import cluster
+from caprl_async.ring.errors import RingFailed
+from caprl_async.stream import hush
+from caprl_async.stream.judging import JUDGED, JudgeStage, judged_row
+from caprl_async.stream.pipeline import run_pass
+from caprl_async.stream.shards import Parquet
+from caprl_async.stream.sources import open_images, table_of
+from caprl_async.stream.stage import Row, asking, explained, on_actors
+from caprl_async.types import ImageData, ImageRef, Question
+from caprl_async.writer.types import Ask, Text
+from caprl_async.writer.writer import model_name
+
+QUESTIONS = "questions"
+REJECTS = "rejects.jsonl"
+_WRITTEN, _CHECKED, _JUDGED = "written", "checked", "judged"
+_EXAMPLES = 12
+
+_QUESTIONS = msgspec.json.Decoder(tuple[Question, ...])
+
+CHECKED = pa.schema(
+    [
+        ("id", pa.string()),
+        ("problem", pa.string()),
+        ("with_image", pa.list_(pa.float64())),
+        ("without_image", pa.list_(pa.float64())),
+    ]
+)
+"""Columns of what a checker answered: shares of right answers, a value per question."""
+
+
+def run(config: Config) -> None:
+    """
+    Raises:
+        ConfError: the source cannot be read, or the folder holds another job.
+        RingFailed: a model could not be started or answers no more, or no question is kept.
+        SystemExit: with 3, if all is through and some images could not be asked about.
+    """
+    console = Console(stderr=True)
+    with conf.run_folder(config) as folder:
+        job = _Curation(config, folder, console)
+        try:
+            cluster.connect(config.ring, log_level=config.observe.log_level)
+            hush(config.observe.log_level)
+            job.whole()
+        finally:
+            cluster.disconnect()
+    if job.failed:
+        sys.exit(SOME_FAILED)
+
+
+@dataclasses.dataclass(frozen=True)
+class Writing:
+    """Asks a questioner about an image, which goes into the store."""
+
+    prompt: str
+    folder: str
+
+    def asks(self, row: Row) -> Sequence[Ask]:
+        """
+        Raises:
+            BadImage, OSError: the image cannot be read.
+        """
+        data = row["data"] if row["data"] is not None else Path(row["path"]).read_bytes()
+        image = ImageStore(self.folder).put(data)
+        row |= {"sha256": image.sha256, "path": image.path, "phash": f"{hash_of(image):016x}"}
+        return [Ask(self.prompt, image=ImageData(sha256=image.sha256, data=data))]
+
+    def take(self, row: Row, answers: Sequence[tuple[Text, ...]]) -> Row:
+        return {"written": answers[0][0].text}
+
+
+@dataclasses.dataclass(frozen=True)
+class Checking:
+    """Asks a checker each question of an image, with it and without."""
+
+    permutations: int
+
+    def asks(self, row: Row) -> Sequence[Ask]:
+        image = ImageRef(sha256=row["sha256"], path=row["path"])
+        return [
+            Ask(prompt(question, order, seen), image=image if seen else None)
+            for question, order, seen in self._asked(row)
+        ]
+
+    def take(self, row: Row, answers: Sequence[tuple[Text, ...]]) -> Row:
+        right: dict[tuple[str, bool], list[bool]] = {}
+        for (question, order, seen), (text,) in zip(self._asked(row), answers, strict=True):
+            right.setdefault((question.question_id, seen), []).append(
+                is_right(question, order, seen, text.text)
+            )
+        shares = {key: sum(found) / len(found) for key, found in right.items()}
+        ids = [question.question_id for question in _QUESTIONS.decode(row["questions"])]
+        return {
+            "with_image": [shares[one, True] for one in ids],
+            "without_image": [shares[one, False] for one in ids],
+        }
+
+    def _asked(self, row: Row) -> Iterator[tuple[Question, tuple[int, ...], bool]]:
+        questions = _QUESTIONS.decode(row["questions"])
+        for question, made in zip(questions, orders(questions, self.permutations), strict=True):
+            for order in made:
+                yield question, order, True
+                yield question, order, False
+
+
+class _Curation:
+    """One start of the job."""
+
+    def __init__(self, config: Config, folder: Path, console: Console) -> None:
+        self._config = config
+        self._folder = folder
+        self._console = console
+        self._images = image_folder(config, folder)
+        self._has_checker = bool(config.checker.model or config.checker.endpoint.url)
+        self._has_judge = bool(config.judge.model or config.judge.endpoint.url)
+        self.failed = 0
+
+    def whole(self) -> None:
+        """Everything."""
+        with explained():
+            candidates, rejects = self._candidates()
+        found = self._accuracies(candidates)
+        card = self._keep(candidates, rejects, found)
+        write_card(card, self._folder)
+        told = f"{card.questions_kept} questions about {card.images_kept} images kept, of {card.questions}"
+        failed = f", {self.failed} images could not be asked about" if self.failed else ""
+        self._console.print(f"{told}{failed}: {self._folder / QUESTIONS}", markup=False, soft_wrap=True)
+        if not card.questions_kept:
+            why = ", ".join(f"{number} {reason}" for reason, number in card.left_out.most_common(5))
+            raise RingFailed(f"no question is kept: {why}")
+
+    # ------------------------------------------------------------ questions
+
+    def _candidates(self) -> tuple[list[Candidate], list[Reject]]:
+        config = self._config
+        if config.curate.questions_from:
+            rows = load_rows(config.curate.questions_from, config.judge.prompt.abstain)
+            every = given(rows, ImageStore(self._images))
+        else:
+            every = written(self._written(), config.judge.prompt.abstain)
+        candidates: list[Candidate] = []
+        rejects: list[Reject] = []
+        for one in distinct(every, config.curate.near, self._excluded()):
+            if isinstance(one, Reject):
+                rejects.append(one)
+            else:
+                candidates.append(one)
+        return candidates, rejects
+
+    def _written(self) -> Iterator[Mapping[str, Any]]:
+        config, curate = self._config, self._config.curate
+        text = (curate.prompt or FORM).replace("{n}", str(curate.questions))
+        images = open_images(config.data.images)
+        shards = self._shards(
+            _WRITTEN, {"questioner": model_name(config.questioner), "prompt": text}, WRITTEN
+        )
+        stage = asking(
+            config.questioner, "questioner", config.seed, Writing(text, str(self._images)), WRITTEN
+        )
+        self._pass(images.rows, images.total, stage, shards, "images asked about")
+        return shards.read()
+
+    def _excluded(self) -> list[int]:
+        if not self._config.curate.exclude or self._config.curate.near < 0:
+            return []
+        rows = open_images(self._config.curate.exclude).rows.map(_hashed).take_all()
+        return [int(row["phash"], 16) for row in rows if row["phash"]]
+
+    # ------------------------------------------------------------ answers
+
+    def _accuracies(self, candidates: Sequence[Candidate]) -> dict[str, list[Accuracy]]:
+        """row id -> of each question; rows that could not be asked are not in it."""
+        checked = self._checked(candidates) if self._has_checker else {}
+        judged = self._judged(candidates) if self._has_judge else {}
+        found: dict[str, list[Accuracy]] = {}
+        for one in candidates:
+            seen, told = checked.get(one.row_id), judged.get(one.row_id)
+            if (self._has_checker and seen is None) or (self._has_judge and told is None):
+                continue
+            without = seen["without_image"] if seen else (told or [[]])[-1]
+            with_caption = told[0] if told and one.caption else [None] * len(one.questions)
+            with_image = seen["with_image"] if seen else [None] * len(one.questions)
+            found[one.row_id] = [
+                Accuracy(*each) for each in zip(with_image, without, with_caption, strict=True)
+            ]
+        return found
+
+    def _checked(self, candidates: Sequence[Candidate]) -> dict[str, Mapping[str, Any]]:
+        config = self._config
+        about = {"checker": model_name(config.checker), "permutations": config.curate.permutations}
+        shards = self._shards(_CHECKED, about, CHECKED)
+        rows = table_of([_asked_row(one) for one in candidates])
+        work = Checking(config.curate.permutations)
+        stage = asking(config.checker, "checker", config.seed, work, CHECKED)
+        self._pass(rows, len(candidates), stage, shards, "images checked")
+        return {row["id"]: row for row in shards.read()}
+
+    def _judged(self, candidates: Sequence[Candidate]) -> dict[str, list[list[float | None]]]:
+        """Scores [caption][question]; the last caption is empty."""
+        judge = dataclasses.replace(self._config.judge, permutations=self._config.curate.permutations)
+        about = {"judge": judge.endpoint.url or judge.model, "mode": judge.mode.value}
+        shards = self._shards(_JUDGED, about, JUDGED)
+        rows = table_of(
+            [judged_row(one.row_id, [*filter(None, [one.caption]), ""], one.questions) for one in candidates]
+        )
+        gpus = self._config.ring.gpus_per_judge
+
+        def stage(rows: Any) -> Any:
+            return on_actors(rows, JudgeStage, (judge, self._config.seed), 16, judge.num_actors, gpus)
+
+        self._pass(rows, len(candidates), stage, shards, "images judged")
+        return {row["id"]: row["scores"] for row in shards.read()}
+
+    # ------------------------------------------------------------ the result
+
+    def _keep(
+        self, candidates: Sequence[Candidate], rejects: Sequence[Reject], found: Mapping[str, list[Accuracy]]
+    ) -> Card:
+        config, folder = self._config, self._folder / QUESTIONS
+        shutil.rmtree(folder, ignore_errors=True)  # made anew from what the passes have left
+        card = Card(self._about(), images=len(candidates), left_out=Counter(one.reason for one in rejects))
+        shards = Parquet(folder, QUESTIONS, config.curate.rows_per_file, card.about, CURATED)
+        out = list(rejects)
+        for one in candidates:
+            accuracies = found.get(one.row_id)
+            card.questions += len(one.questions)
+            if accuracies is None:
+                out.append(Reject(one.row_id, None, "not_asked", "see failures.jsonl"))
+                card.left_out["not_asked"] += len(one.questions)
+                continue
+            card.accuracies += accuracies
+            kept = []
+            for position, (question, accuracy) in enumerate(zip(one.questions, accuracies, strict=True)):
+                if reason := refusal(accuracy, config.curate):
+                    card.left_out[reason] += 1
+                    out.append(Reject(one.row_id, position, reason, f"{question.stem} {accuracy}"))
+                else:
+                    kept.append(question)
+            if kept:
+                shards.add(as_row(one, kept, config.data.prompt))
+                card.images_kept += 1
+                card.questions_kept += len(kept)
+                if len(card.examples) < _EXAMPLES:
+                    card.examples.append(Example(one.image.path, kept))
+        shards.flush()
+        (self._folder / REJECTS).unlink(missing_ok=True)
+        append_rejects(self._folder / REJECTS, Path(self._source()), out)
+        return card
+
+    def _about(self) -> dict[str, Any]:
+        config, curate = self._config, self._config.curate
+        return {
+            "source": self._source(),
+            "questioner": model_name(config.questioner),
+            "checker": model_name(config.checker),
+            "judge": config.judge.endpoint.url or config.judge.model,
+            "permutations": curate.permutations,
+            "with_image_above": curate.with_image_above,
+            "without_image_below": curate.without_image_below,
+            "with_caption_above": curate.with_caption_above,
+            "near": curate.near,
+            "exclude": curate.exclude,
+            "seed": config.seed,
+        }
+
+    def _source(self) -> str:
+        return self._config.curate.questions_from or self._config.data.images
+
+    def _shards(self, name: str, about: Mapping[str, Any], schema: pa.Schema) -> Parquet:
+        with explained():
+            return Parquet(self._folder / name, name, 2000, about, schema)
+
+    def _pass(self, rows: Any, total: int | None, stage: Any, shards: Parquet, what: str) -> None:
+        failures = shards.folder / FAILURES
+        self.failed += run_pass(rows, total, stage, shards, failures, self._console, what=what).failed
+
+
+def _asked_row(one: Candidate) -> Row:
+    asked = msgspec.json.encode(one.questions).decode()
+    image = {"sha256": one.image.sha256, "path": one.image.path}
+    return {"id": one.row_id, "problem": None, **image, "questions": asked}
+
+
+def _hashed(row: Row) -> Row:
+    """The perceptual hash of an image to exclude; empty where it cannot be read, as nothing looks like it."""
+    try:
+        data = row["data"] if row["data"] is not None else Path(row["path"]).read_bytes()
+        return {"phash": f"{hash_of(ImageData.of(data)):016x}"}
+    except (UnreadableImage, OSError, TypeError):
+        return {"phash": ""}

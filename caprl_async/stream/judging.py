@@ -1,0 +1,69 @@
+"""Rows through a judge: questions answered from captions, or from none."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+
+from caprl_async.config import JudgeConfig
+from caprl_async.engine.types import EngineDied
+from caprl_async.judge.judge import Judge
+from caprl_async.stream.stage import ModelAway, Row
+from caprl_async.types import Outcome, Question, Verdict
+
+JUDGED = pa.schema(
+    [("id", pa.string()), ("problem", pa.string()), ("scores", pa.list_(pa.list_(pa.float64())))]
+)
+"""`scores` [caption][question] of a row; null where a question has none."""
+
+_QUESTIONS = msgspec.json.Decoder(tuple[Question, ...])
+
+log = logging.getLogger(__name__)
+
+
+def judged_row(row_id: str, captions: Sequence[str], questions: Sequence[Question]) -> Row:
+    """What the stage takes."""
+    asked = msgspec.json.encode(questions).decode()
+    return {"id": row_id, "problem": None, "captions": list(captions), "questions": asked}
+
+
+class JudgeStage:
+    """One judge. Questions that it finds unscorable have no score; a row without an answer is a problem."""
+
+    def __init__(self, config: JudgeConfig, seed: int) -> None:
+        self._judge = Judge.load(config, seed)
+        self._away = 0
+
+    async def __call__(self, batch: pa.Table) -> pa.Table:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+        try:
+            every = await asyncio.gather(
+                *(self._judge.judge(row["captions"], _QUESTIONS.decode(row["questions"])) for row in rows)
+            )
+        except EngineDied as error:
+            log.critical("judge: the engine died: %s", error)
+            logging.shutdown()
+            os._exit(1)  # Ray starts a fresh actor, which takes the batch again
+        for row, verdicts in zip(rows, every, strict=True):
+            self._judged(row, verdicts)
+        return pa.Table.from_pylist(rows, schema=JUDGED)
+
+    def _judged(self, row: Row, verdicts: Sequence[Sequence[Verdict]]) -> None:
+        """
+        Raises:
+            ModelAway: the judge has answered nothing of many rows, one after the other.
+        """
+        flat = [verdict for one in verdicts for verdict in one]
+        down = [verdict for verdict in flat if verdict.outcome is Outcome.JUDGE_DOWN]
+        self._away = self._away + 1 if flat and len(down) == len(flat) else 0
+        if self._away > 200:
+            raise ModelAway(f"judge has not answered {self._away} rows in a row: {down[0].reason}")
+        if down:
+            row["problem"] = f"the judge did not answer: {down[0].reason}"
+        row["scores"] = [[verdict.score for verdict in one] for one in verdicts]
