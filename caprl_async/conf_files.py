@@ -109,7 +109,7 @@ def curate_problems(config: Config) -> Iterator[str]:
     if checker.model or checker.endpoint.url:
         yield from writer_problems(checker, "checker", sees=True)
     elif not (judge.model or judge.endpoint.url):
-        yield "checker.model (or checker.endpoint.url) is empty, and so is judge.model: nobody checks the questions"
+        yield "checker.model (or .endpoint.url) is empty, and judge.model too: nobody checks the questions"
     begun = [name for name in ("written", "checked", "judged") if any((folder / name).glob(f"{name}-*"))]
     if begun and not config.resume:
         yield f"run_dir={folder} already holds a curation; go on with it by resume=true, or choose another"

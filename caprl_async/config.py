@@ -446,8 +446,8 @@ class Config:
 
     job: str = key(
         "train",
-        "what to do: train | curate (questions) | annotate (captions images) | evaluate (captions by what they let answer) | "
-        "inspect (what a run recorded) | replay (trains on it)",
+        "what to do: train | curate (makes questions) | annotate (captions images) | evaluate (measures "
+        "captions) | inspect (what a run recorded) | replay (trains on it)",
     )
     run_dir: str = key("runs/run", "everything the job writes is in here")
     resume: bool = key(False, "go on with the run that run_dir holds")

@@ -38,7 +38,9 @@ def tempered(tokens: Tokens, temperature: float) -> Tokens:
 def said(body: dict[str, Any]) -> str:
     """The text of the user's turn."""
     content = body["messages"][0]["content"]
-    return content if isinstance(content, str) else " ".join(part.get("text", "") for part in content)
+    if isinstance(content, str):
+        return content
+    return " ".join(part.get("text", "<image>") for part in content)
 
 
 class FakeServer:

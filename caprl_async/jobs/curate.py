@@ -1,8 +1,8 @@
 """Images become questions: written by `questioner`, answered with the image and without, filtered.
 
-Passes, each resumable: questions are written (or read from `curate.questions_from`); `checker` answers each in
-several orders of its options, with the image and without; `judge` does so from a row's own caption, and from
-none where there is no checker. What is kept is a CapRL-QA parquet data set with a data card.
+Passes, each resumable: questions are written (or read from `curate.questions_from`); `checker` answers each
+in several orders of its options, with the image and without; `judge` does so from a row's own caption, and
+from none where there is no checker. What is kept is a CapRL-QA parquet data set with a data card.
 """
 
 from __future__ import annotations
