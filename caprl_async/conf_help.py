@@ -22,6 +22,7 @@ python -m caprl_async.run conf=FILE [conf=FILE ...] [key=value ...]
   python -m caprl_async.run conf=conf/demo.yaml conf=conf/presets/gspo.yaml # another way to learn
   python -m caprl_async.run conf=runs/demo/conf.yaml resume=true            # go on with a run
 
+  python -m caprl_async.run conf=conf/curate.yaml data.images=my/images questioner.model=... checker.model=...
   python -m caprl_async.run conf=conf/annotate.yaml data.images=my/images captioner.model=runs/demo/model
   python -m caprl_async.run conf=conf/evaluate.yaml prism.benchmark=chartqa prism.data=ChartQA_TEST.tsv ...
 

@@ -42,7 +42,7 @@ def server() -> Iterator[FakeServer]:
 
 def captions(folder: Path) -> list[dict[str, Any]]:
     return [
-        row for file in sorted(folder.glob("captions/*.parquet")) for row in pq.read_table(file).to_pylist()
+        row for file in sorted(folder.glob("captions/captions-*.parquet")) for row in pq.read_table(file).to_pylist()
     ]
 
 

@@ -7,7 +7,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,8 @@ class Card:
 
 def write_card(card: Card, folder: Path) -> None:
     """Writes `card.json` and `card.html` into the folder."""
-    told = {name: value for name, value in asdict(card).items() if name not in ("accuracies", "examples")}
+    names = ("about", "images", "questions", "images_kept", "questions_kept", "left_out")
+    told = {name: getattr(card, name) for name in names}
     text = json.dumps(told, indent=2, ensure_ascii=False) + "\n"
     (folder / "card.json").write_text(text, encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)

@@ -263,9 +263,10 @@ class _Curation:
                 continue
             card.accuracies += accuracies
             kept = []
-            for position, (question, accuracy) in enumerate(zip(one.questions, accuracies, strict=True)):
+            for question, accuracy in zip(one.questions, accuracies, strict=True):
                 if reason := refusal(accuracy, config.curate):
                     card.left_out[reason] += 1
+                    position = int(question.question_id.rpartition("/")[2])  # in its row
                     out.append(Reject(one.row_id, position, reason, f"{question.stem} {accuracy}"))
                 else:
                     kept.append(question)

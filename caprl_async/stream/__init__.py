@@ -6,10 +6,16 @@ import logging
 
 
 def hush(log_level: str) -> None:
-    """Ray Data writes its own progress and every stage's plan; jobs show what a user follows."""
+    """Ray Data writes its own progress and every stage's plan; jobs show what a user follows.
+
+    What a stage raises comes out as it is, not wrapped into Ray's own words.
+    """
     import ray.data
 
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True
+    told = log_level if log_level in ("DEBUG", "INFO") else "CRITICAL"  # errors come out, and are told once
     for handler in logging.getLogger("ray.data").handlers:
         if type(handler).__name__ == "PlainRayHandler":  # its file, in Ray's session folder, keeps everything
-            handler.setLevel(log_level)
+            handler.setLevel(told)

@@ -57,7 +57,7 @@ def open_images(source: str) -> Images:
     parquet, tar, arrow = (_files(path, suffix) for suffix in (".parquet", ".tar", ".arrow"))
     if parquet:
         columns, total = _parquet_head(parquet)
-        tables = reading.read_parquet(parquet, columns=columns)
+        tables = reading.read_parquet(parquet).select_columns(columns)
         rows = tables.map_batches(_from_table, batch_format="pyarrow", fn_kwargs={"folder": str(path)})
         return Images(rows, total)
     if tar:

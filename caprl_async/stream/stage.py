@@ -1,7 +1,7 @@
 """Rows through a model that writes: the one stage that jobs put between their sources and their outputs.
 
 Ray Data makes the actors, feeds them and starts them again. A batch's asks go to the model together and
-several batches are under way at one time, so the engine is never short of work.
+several batches are under way at one time, so that the engine is never short of work.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from caprl_async.conf import ConfError
 from caprl_async.config import WriterConfig
 from caprl_async.data.rows import DataError
 from caprl_async.engine.types import EngineDied
+from caprl_async.judge.verdicts import JudgeConfigError
 from caprl_async.ring.errors import RingFailed
 from caprl_async.writer.types import Ask, Text, Unwritten, WriterError, Written
 from caprl_async.writer.writer import Writer, load_writer
+
+_AT_ONCE = 4  # batches of an actor
 
 log = logging.getLogger(__name__)
 
@@ -116,9 +119,10 @@ def explained() -> Iterator[None]:
         raise ConfError(str(error)) from error
     except RayError as error:
         cause = getattr(error, "cause", None) or error
-        if isinstance(cause, DataError | WriterError):
-            raise ConfError(str(cause)) from error
-        raise RingFailed(f"{cause}; what is done is kept: go on with resume=true") from error
+        said = str(cause).partition("\n")[0]  # what follows are Ray's hints
+        if isinstance(cause, DataError | WriterError | JudgeConfigError):
+            raise ConfError(said) from error
+        raise RingFailed(f"{said}; what is done is kept: go on with resume=true") from error
 
 
 def asking(config: WriterConfig, key: str, seed: int, what: Work, out: pa.Schema) -> Callable[[Any], Any]:
@@ -132,16 +136,21 @@ def asking(config: WriterConfig, key: str, seed: int, what: Work, out: pa.Schema
 def on_actors(
     rows: Any, stage: type, made: tuple[Any, ...], batch_rows: int, actors: int, gpus: float
 ) -> Any:
-    """The rows through a stage that is made with `made` in each of its actors."""
+    """The rows through a stage that is made with `made` in each of its actors.
+
+    A block is a batch: what a task has made comes out when its block is through, and four are under way in an
+    actor at one time.
+    """
     from ray.data import ActorPoolStrategy
 
-    return rows.map_batches(
+    return rows.repartition(target_num_rows_per_block=batch_rows).map_batches(
         stage,
         fn_constructor_args=made,
         batch_size=batch_rows,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
+        compute=ActorPoolStrategy(
+            size=actors, max_tasks_in_flight_per_actor=2 * _AT_ONCE, max_concurrent_calls_per_actor=_AT_ONCE
+        ),
         num_cpus=0.1,
         num_gpus=gpus,
-        max_restarts=5,
     )
