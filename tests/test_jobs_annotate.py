@@ -41,9 +41,8 @@ def server() -> Iterator[FakeServer]:
 
 
 def captions(folder: Path) -> list[dict[str, Any]]:
-    return [
-        row for file in sorted(folder.glob("captions/captions-*.parquet")) for row in pq.read_table(file).to_pylist()
-    ]
+    files = sorted(folder.glob("captions/captions-*.parquet"))
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
 
 
 def job(*arguments: str) -> subprocess.CompletedProcess[str]:
