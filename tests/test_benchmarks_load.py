@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from benchmark_kit import in_text, png, write_tsv
 
 from caprl_async.benchmarks.items import Item, Rule
 from caprl_async.benchmarks.load import Benchmarked, load_items
 from caprl_async.benchmarks.table import BENCHMARKS
 from caprl_async.data.images import ImageStore
 from caprl_async.data.rows import DataError
-
-
-def png(color: str = "red") -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (32, 32), color).save(out, "PNG")
-    return out.getvalue()
-
-
-def in_text(data: bytes) -> str:
-    return base64.b64encode(data).decode()
-
 
 PICTURE = {"bytes": png(), "path": None}
 FOUR = {"A": "one", "B": "two", "C": "None", "D": "NA"}
@@ -165,13 +151,6 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[Rule, tuple[str, ..
         CHOICE,
     ),
 }
-
-
-def write_tsv(path: Path, *rows: dict[str, Any]) -> Path:
-    pd.DataFrame(
-        [{"index": str(i + 1), "image": in_text(png()), **row} for i, row in enumerate(rows)]
-    ).to_csv(path, sep="\t", index=False)
-    return path
 
 
 def write_parquet(path: Path, *rows: dict[str, Any], column: str = "image") -> Path:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from benchmark_kit import in_text, png, write_tsv
 from endpoint_kit import FakeServer, Tokens, serving
-from test_benchmarks_load import in_text, png, write_tsv
 
 from caprl_async.data.rows import DataError
 from caprl_async.run import main

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import tarfile
 from collections.abc import Iterator
@@ -13,10 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from benchmark_kit import png
 from endpoint_kit import FakeServer, Tokens, says, serving
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from caprl_async.choices import Form
 from caprl_async.config import EndpointConfig, WriterConfig
@@ -25,13 +24,6 @@ from caprl_async.jobs.annotate import Captioned
 from caprl_async.stream.done import Done
 from caprl_async.stream.shards import CAPTIONED, FORMS, Shards
 from caprl_async.stream.stage import ModelAway, WriterStage
-
-
-def png(color: str = "red") -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (56, 56), color).save(out, "PNG")
-    return out.getvalue()
-
 
 # ---------------------------------------------------------------- ids
 
