@@ -47,6 +47,8 @@ def run(times: Times, args: argparse.Namespace, run_dir: Path) -> dict[str, floa
             *("conf=conf/demo.yaml", f"run_dir={run_dir}", *QUIET),
             *(f"replay.batch_groups={args.groups}", f"replay.max_staleness={args.max_staleness}"),
             *room_for(args.tokens),
+            # As many as a stage's device works on at one time: with fewer it would idle.
+            *(f"{room}.max_requests_in_flight_per_actor={args.groups}" for room in ("rollout", "judge")),
         ]
     )
     ring = EmulatedRing(config, times)
@@ -104,7 +106,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=8, help="groups per batch")
     parser.add_argument("--tokens", type=int, default=300, help="tokens of a caption")
     parser.add_argument("--max-staleness", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--leave-out", type=int, default=4, help="first steps that are not timed")
     args = parser.parse_args()
     found: dict[str, Any] = {}
