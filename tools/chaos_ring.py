@@ -68,8 +68,8 @@ class Kill:
 def plan(seed: int, kills: int, roles: Sequence[str], kinds: Sequence[str] = tuple(KINDS)) -> list[Kill]:
     """The first `kills` of an endless plan: every (role, phase) once, in a random order, again and again.
 
-    The roles take turns. Kinds have their shares in each such round; those that are not in `kinds` are kills.
-    A driver is not starved: it only passes messages on.
+    The roles take turns. Kinds have their shares in each such round; for those that are not in `kinds` comes
+    the first that is. A driver is not starved: it only passes messages on, and is killed instead.
     """
     planned: list[Kill] = []
     while len(planned) < kills:
@@ -83,7 +83,10 @@ def plan(seed: int, kills: int, roles: Sequence[str], kinds: Sequence[str] = tup
         for i, (role, phase) in enumerate(cells):
             kind = "memory" if i in starved else "stop" if i in stopped else "kill"
             pause_s = rng.uniform(0.0, 5.0)
-            planned.append(Kill(len(planned), role, phase, kind if kind in kinds else "kill", pause_s))
+            kind = kind if kind in kinds else kinds[0]
+            if (role, kind) == (DRIVER, "memory"):
+                kind = "kill"
+            planned.append(Kill(len(planned), role, phase, kind, pause_s))
     return planned[:kills]
 
 
