@@ -101,10 +101,16 @@ import asyncio, os, ray
 from caprl_async.process import call_me, doing
 
 class Actor:
-    async def start(self): call_me("rollout-0")
+    async def start(self):
+        self.begun, self.over = asyncio.Event(), asyncio.Event()
+        call_me("rollout-0")
     async def pid(self): return os.getpid()
-    async def caption(self, seconds):
-        with doing("captioning"): await asyncio.sleep(seconds)
+    async def caption(self):
+        with doing("captioning"):
+            self.begun.set()
+            await self.over.wait()
+    async def until_begun(self): await self.begun.wait()
+    async def end(self): self.over.set()
 
 def show():
     with open(f"/proc/{pid}/cmdline") as file: print(file.read().strip(chr(0) + " "), flush=True)
@@ -114,10 +120,10 @@ actor = ray.remote(Actor).options(num_cpus=0).remote()
 ray.get(actor.start.remote())
 pid = ray.get(actor.pid.remote())
 show()
-working = actor.caption.remote(2.0)
-ray.get([actor.pid.remote() for _ in range(3)])
+working = actor.caption.remote()
+ray.get([actor.until_begun.remote(), *(actor.pid.remote() for _ in range(3))])
 show()
-ray.get(working)
+ray.get([actor.end.remote(), working])
 show()
 """
     env = {**os.environ, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
