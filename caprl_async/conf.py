@@ -61,16 +61,7 @@ _INPUTS = (
     *("run", "data.images", "prism.data", "prism.captions_from"),
     *("curate.questions_from", "curate.exclude"),
 )
-_READ = (
-    *_INPUTS,
-    "run",
-    "data.images",
-    "prism.data",
-    "prism.captions_from",
-    *_WRITERS,
-    *conf_files.INPUT_FILES,
-    *conf_files.INPUT_MODELS,
-)
+_READ = (*_INPUTS, *_WRITERS, *conf_files.INPUT_FILES, *conf_files.INPUT_MODELS)
 _SHOWN = 200  # characters of a wrong key or value
 _UNFIT = (OmegaConfBaseException, ValueError, OverflowError)
 """What OmegaConf raises at a value of a wrong type; ValueError: one of thousands of digits, which it cannot

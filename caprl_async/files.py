@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 Digests: TypeAlias = dict[str, tuple[int, str]]
 """Path below some folder -> size in bytes, sha256."""
@@ -31,6 +32,11 @@ def write_bytes(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_json(path: Path, told: Any) -> None:
+    """Writes what a person may read, too."""
+    write_bytes(path, (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def sync_folder(folder: Path) -> None:

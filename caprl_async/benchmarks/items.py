@@ -9,7 +9,7 @@ from caprl_async.types import ImageRef
 
 
 class Rule(enum.Enum):
-    """How an answer is held against the gold one; see `scorers`, and `graders` for GRADED."""
+    """How an answer is held against the gold one; see `scorers`, and `asking` for GRADED."""
 
     CHOICE = "choice"  # the option that it names
     EXACT = "exact"  # equal but for case and outer punctuation

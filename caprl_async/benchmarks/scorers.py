@@ -1,4 +1,4 @@
-"""What a written answer is worth, 0 to 1, by rule; docs/benchmarks-scored.md says which benchmark has which.
+"""What a written answer is worth, 0 to 1, by rule; docs/prism.md says which benchmark has which.
 
 `check` looks at an item's gold answers once, when its file is read: what cannot be compared with is no item.
 So a scorer never meets a gold answer that it cannot read, and none is right by default.

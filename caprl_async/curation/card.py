@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from caprl_async.curation.checks import Accuracy
+from caprl_async.files import write_json
 from caprl_async.types import Question
 
 _TEMPLATE = Path(__file__).with_name("card.html")
@@ -52,9 +52,7 @@ class Card:
 def write_card(card: Card, folder: Path) -> None:
     """Writes `card.json` and `card.html` into the folder."""
     names = ("about", "images", "questions", "images_kept", "questions_kept", "left_out")
-    told = {name: getattr(card, name) for name in names}
-    text = json.dumps(told, indent=2, ensure_ascii=False) + "\n"
-    (folder / "card.json").write_text(text, encoding="utf-8")
+    write_json(folder / "card.json", {name: getattr(card, name) for name in names})
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         card=card,

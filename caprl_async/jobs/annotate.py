@@ -7,7 +7,6 @@ after whatever has ended the job.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,14 +16,13 @@ from rich.console import Console
 
 from caprl_async import conf
 from caprl_async.config import Config
+from caprl_async.files import write_json
 from caprl_async.judge.permutations import seed_of
-from caprl_async.ring import cluster
-from caprl_async.stream import hush
+from caprl_async.stream import on_ray
 from caprl_async.stream.pipeline import Passed, run_pass
 from caprl_async.stream.shards import FORMS
-from caprl_async.stream.sources import open_images
+from caprl_async.stream.sources import image_of, open_images
 from caprl_async.stream.stage import Row, asking, explained
-from caprl_async.types import ImageData
 from caprl_async.writer.types import Ask, Text
 from caprl_async.writer.writer import model_name
 
@@ -50,9 +48,7 @@ def run(config: Config) -> None:
             shards = form(
                 folder / CAPTIONS, CAPTIONS, annotate.rows_per_file, about_captions(config, annotate.captions)
             )
-        try:
-            cluster.connect(config.ring, log_level=config.observe.log_level)
-            hush(config.observe.log_level)
+        with on_ray(config):
             with explained():
                 images = open_images(config.data.images)
             passed = run_pass(
@@ -64,8 +60,6 @@ def run(config: Config) -> None:
                 console,
                 what="images",
             )
-        finally:
-            cluster.disconnect()
         _conclude(passed, folder, console)
     if passed.failed:
         sys.exit(SOME_FAILED)
@@ -99,9 +93,8 @@ class Captioned:
         Raises:
             OSError: the image's file cannot be read.
         """
-        data = row["data"] if row["data"] is not None else Path(row["path"]).read_bytes()
-        image = ImageData.of(data)
-        row["data"], row["sha256"] = data, image.sha256
+        image = image_of(row)
+        row["data"], row["sha256"] = image.data, image.sha256
         # The same captions whoever makes them, and when.
         seed = seed_of("annotate", self.seed, row["id"]) % 2**31
         return [Ask(self.prompt, image=image, n=self.captions, seed=seed)]
@@ -130,7 +123,7 @@ def _conclude(passed: Passed, folder: Path, console: Console) -> None:
         "problems": dict(passed.problems.most_common(20)),
         "images_per_s": passed.rows_per_s,
     }
-    (folder / RESULT).write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / RESULT, result)
     failed = f", {passed.failed} failed ({folder / FAILURES})" if passed.failed else ""
     told = f"{result['captioned']} images captioned{failed}: {folder / CAPTIONS}"
     console.print(told, markup=False, soft_wrap=True)

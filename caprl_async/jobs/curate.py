@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pyarrow as pa
 from rich.console import Console
 
@@ -31,15 +30,14 @@ from caprl_async.data.load import load_rows
 from caprl_async.data.processor import UnreadableImage
 from caprl_async.data.rows import Reject, append_rejects
 from caprl_async.jobs.annotate import FAILURES, SOME_FAILED
-from caprl_async.ring import cluster
 from caprl_async.ring.errors import RingFailed
-from caprl_async.stream import hush
-from caprl_async.stream.judging import JUDGED, JudgeStage, judged_row
+from caprl_async.stream import on_ray
+from caprl_async.stream.judging import JUDGED, JudgeStage, judged_row, questions_of, questions_text
 from caprl_async.stream.pipeline import run_pass
 from caprl_async.stream.shards import Parquet
-from caprl_async.stream.sources import open_images, table_of
+from caprl_async.stream.sources import image_of, open_images, table_of
 from caprl_async.stream.stage import Row, asking, explained, on_actors
-from caprl_async.types import ImageData, ImageRef, Question
+from caprl_async.types import ImageRef, Question
 from caprl_async.writer.types import Ask, Text
 from caprl_async.writer.writer import model_name
 
@@ -47,8 +45,6 @@ QUESTIONS = "questions"
 REJECTS = "rejects.jsonl"
 _WRITTEN, _CHECKED, _JUDGED = "written", "checked", "judged"
 _EXAMPLES = 12
-
-_QUESTIONS = msgspec.json.Decoder(tuple[Question, ...])
 
 CHECKED = pa.schema(
     [
@@ -71,12 +67,8 @@ def run(config: Config) -> None:
     console = Console(stderr=True)
     with conf.run_folder(config) as folder:
         job = _Curation(config, folder, console)
-        try:
-            cluster.connect(config.ring, log_level=config.observe.log_level)
-            hush(config.observe.log_level)
+        with on_ray(config):
             job.whole()
-        finally:
-            cluster.disconnect()
     if job.failed:
         sys.exit(SOME_FAILED)
 
@@ -93,10 +85,10 @@ class Writing:
         Raises:
             BadImage, OSError: the image cannot be read.
         """
-        data = row["data"] if row["data"] is not None else Path(row["path"]).read_bytes()
-        image = ImageStore(self.folder).put(data)
-        row |= {"sha256": image.sha256, "path": image.path, "phash": f"{hash_of(image):016x}"}
-        return [Ask(self.prompt, image=ImageData(sha256=image.sha256, data=data))]
+        image = image_of(row)
+        path = ImageStore(self.folder).put(image.data).path
+        row |= {"sha256": image.sha256, "path": path, "phash": f"{hash_of(image):016x}"}
+        return [Ask(self.prompt, image=image)]
 
     def take(self, row: Row, answers: Sequence[tuple[Text, ...]]) -> Row:
         return {"written": answers[0][0].text}
@@ -122,14 +114,14 @@ class Checking:
                 is_right(question, order, seen, text.text)
             )
         shares = {key: sum(found) / len(found) for key, found in right.items()}
-        ids = [question.question_id for question in _QUESTIONS.decode(row["questions"])]
+        ids = [question.question_id for question in questions_of(row)]
         return {
             "with_image": [shares[one, True] for one in ids],
             "without_image": [shares[one, False] for one in ids],
         }
 
     def _asked(self, row: Row) -> Iterator[tuple[Question, tuple[int, ...], bool]]:
-        questions = _QUESTIONS.decode(row["questions"])
+        questions = questions_of(row)
         for question, made in zip(questions, orders(questions, self.permutations), strict=True):
             for order in made:
                 yield question, order, True
@@ -310,15 +302,13 @@ class _Curation:
 
 
 def _asked_row(one: Candidate) -> Row:
-    asked = msgspec.json.encode(one.questions).decode()
     image = {"sha256": one.image.sha256, "path": one.image.path}
-    return {"id": one.row_id, "problem": None, **image, "questions": asked}
+    return {"id": one.row_id, "problem": None, **image, "questions": questions_text(one.questions)}
 
 
 def _hashed(row: Row) -> Row:
     """The perceptual hash of an image to exclude; empty where it cannot be read, as nothing looks like it."""
     try:
-        data = row["data"] if row["data"] is not None else Path(row["path"]).read_bytes()
-        return {"phash": f"{hash_of(ImageData.of(data)):016x}"}
+        return {"phash": f"{hash_of(image_of(row)):016x}"}
     except (UnreadableImage, OSError, TypeError):
         return {"phash": ""}

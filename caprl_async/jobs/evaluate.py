@@ -27,10 +27,10 @@ from caprl_async.benchmarks.table import BENCHMARKS
 from caprl_async.config import Config, WriterConfig
 from caprl_async.data.images import ImageStore, image_folder
 from caprl_async.data.rows import append_rejects
+from caprl_async.files import write_json
 from caprl_async.jobs.annotate import CAPTIONS, FAILURES, RESULT, SOME_FAILED, Captioned, about_captions
-from caprl_async.ring import cluster
 from caprl_async.ring.errors import RingFailed
-from caprl_async.stream import hush
+from caprl_async.stream import on_ray
 from caprl_async.stream.captions import read_captions
 from caprl_async.stream.pipeline import run_pass
 from caprl_async.stream.shards import CAPTIONED, Parquet
@@ -60,12 +60,8 @@ def run(config: Config) -> None:
     with conf.run_folder(config) as folder:
         with explained():
             job = _Prism(config, folder, console)
-        try:
-            cluster.connect(config.ring, log_level=config.observe.log_level)
-            hush(config.observe.log_level)
+        with on_ray(config):
             summary = job.whole()
-        finally:
-            cluster.disconnect()
     if summary.unscored:
         sys.exit(SOME_FAILED)
 
@@ -190,9 +186,7 @@ class _Prism:
             "words_per_caption": _words([text for texts in captions.values() for text in texts]),
             **asdict(summary),
         }
-        (self._folder / RESULT).write_text(
-            json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        write_json(self._folder / RESULT, result)
         self._console.print(_table(BENCHMARKS[prism.benchmark].title, summary))
         unscored = f", {summary.unscored} without a score" if summary.unscored else ""
         self._told(

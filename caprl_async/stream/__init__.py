@@ -3,6 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from caprl_async.config import Config
+
+
+@contextmanager
+def on_ray(config: Config) -> Iterator[None]:
+    """A Ray for the block; what `cluster.connect` raises."""
+    from caprl_async.ring import cluster
+
+    try:
+        cluster.connect(config.ring, log_level=config.observe.log_level)
+        hush(config.observe.log_level)
+        yield
+    finally:
+        cluster.disconnect()
 
 
 def hush(log_level: str) -> None:

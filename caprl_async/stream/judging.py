@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +12,7 @@ import pyarrow as pa
 from caprl_async.config import JudgeConfig
 from caprl_async.engine.types import EngineDied
 from caprl_async.judge.judge import Judge
-from caprl_async.stream.stage import ModelAway, Row
+from caprl_async.stream.stage import ModelAway, Row, end_process
 from caprl_async.types import Outcome, Question, Verdict
 
 JUDGED = pa.schema(
@@ -24,13 +22,21 @@ JUDGED = pa.schema(
 
 _QUESTIONS = msgspec.json.Decoder(tuple[Question, ...])
 
-log = logging.getLogger(__name__)
-
 
 def judged_row(row_id: str, captions: Sequence[str], questions: Sequence[Question]) -> Row:
     """What the stage takes."""
-    asked = msgspec.json.encode(questions).decode()
+    asked = questions_text(questions)
     return {"id": row_id, "problem": None, "captions": list(captions), "questions": asked}
+
+
+def questions_text(questions: Sequence[Question]) -> str:
+    """Questions as a column holds them."""
+    return msgspec.json.encode(questions).decode()
+
+
+def questions_of(row: Row) -> tuple[Question, ...]:
+    """Inverse of `questions_text`, of a row's column `questions`."""
+    return _QUESTIONS.decode(row["questions"])
 
 
 class JudgeStage:
@@ -44,12 +50,10 @@ class JudgeStage:
         rows: list[dict[str, Any]] = batch.to_pylist()
         try:
             every = await asyncio.gather(
-                *(self._judge.judge(row["captions"], _QUESTIONS.decode(row["questions"])) for row in rows)
+                *(self._judge.judge(row["captions"], questions_of(row)) for row in rows)
             )
         except EngineDied as error:
-            log.critical("judge: the engine died: %s", error)
-            logging.shutdown()
-            os._exit(1)  # Ray starts a fresh actor, which takes the batch again
+            end_process("judge", error)
         for row, verdicts in zip(rows, every, strict=True):
             self._judged(row, verdicts)
         return pa.Table.from_pylist(rows, schema=JUDGED)

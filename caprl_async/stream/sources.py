@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from caprl_async.data.rows import DataError
-from caprl_async.types import ImageRef
+from caprl_async.types import ImageData, ImageRef
 
 SCHEMA = pa.schema(
     [("id", pa.string()), ("path", pa.string()), ("data", pa.binary()), ("problem", pa.string())]
@@ -95,6 +95,15 @@ def _parquet_head(files: list[str]) -> tuple[list[str], int]:
 def listed(images: Iterable[ImageRef]) -> Any:
     """A ray.data.Dataset of SCHEMA, of images that lie in files; their ids are their hashes."""
     return table_of([{"id": image.sha256, "path": image.path} for image in images], SCHEMA)
+
+
+def image_of(row: Mapping[str, Any]) -> ImageData:
+    """The image of a row of SCHEMA.
+
+    Raises:
+        OSError: its file cannot be read.
+    """
+    return ImageData.of(row["data"] if row["data"] is not None else Path(row["path"]).read_bytes())
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema | None = None) -> Any:

@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NoReturn, Protocol, TypeAlias
 
 import pyarrow as pa
 
@@ -63,9 +63,7 @@ class WriterStage:
         try:
             answers = iter(await self._writer.write(flat))
         except EngineDied as error:
-            log.critical("%s: the engine died: %s", self._key, error)
-            logging.shutdown()
-            os._exit(1)  # Ray starts a fresh actor, which takes the batch again
+            end_process(self._key, error)
         for row, asks in zip(rows, made, strict=True):
             self._answered(row, [next(answers) for _ in asks])
         return pa.Table.from_pylist(rows, schema=self._out)
@@ -101,6 +99,13 @@ class WriterStage:
             )
         except (ValueError, OSError) as error:
             row["problem"] = f"{type(error).__name__}: {error}"
+
+
+def end_process(key: str, error: EngineDied) -> NoReturn:
+    """Ends an actor whose engine died: Ray starts a fresh one, which takes the batch again."""
+    log.critical("%s: the engine died: %s", key, error)
+    logging.shutdown()
+    os._exit(1)
 
 
 @contextmanager
