@@ -35,6 +35,7 @@ class Counting:
         self._every_s = every_s
         self._clock = clock
         self._began = self._printed = clock()
+        self._first: tuple[float, int] | None = None  # when the first rows came out, and how many
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
             TextColumn("{task.fields[more]}"), TimeRemainingColumn(),
@@ -57,6 +58,7 @@ class Counting:
         self.failed = failed
         self._bar.update(self._task, advance=done, more=self._more())
         now = self._clock()
+        self._first = self._first or (now, done)
         if not self._console.is_terminal and now - self._printed >= self._every_s:
             self._printed = now
             self._console.print(self.line(), highlight=False, markup=False, soft_wrap=True)
@@ -69,8 +71,11 @@ class Counting:
         )
 
     def per_second(self) -> float:
-        """Since the start."""
-        return self.done / max(self._clock() - self._began, 1e-9)
+        """Since the first rows came out, without those: before that models were loaded."""
+        since, before = self._first or (self._began, 0)
+        if self.done == before:
+            since, before = self._began, 0
+        return (self.done - before) / max(self._clock() - since, 1e-9)
 
     def _more(self) -> str:
         failed = f"{self.failed} failed | " if self.failed else ""
