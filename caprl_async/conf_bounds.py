@@ -121,6 +121,7 @@ BOUNDS: dict[str, Bound] = {
     "curate.rows_per_file": _AT_LEAST_1,
     "prism.captions": _AT_LEAST_1,
     "prism.limit": _NOT_NEGATIVE,
+    "compare.images": _NOT_NEGATIVE,
     "annotate.captions": _AT_LEAST_1,
     "annotate.rows_per_file": _AT_LEAST_1,
     "checkpoint.interval": _AT_LEAST_1,

@@ -20,6 +20,7 @@ JOBS = {
     "train": conf_files.problems,
     "annotate": conf_files.annotate_problems,
     "evaluate": conf_files.evaluate_problems,
+    "compare": conf_files.compare_problems,
     "curate": conf_files.curate_problems,
     "inspect": conf_files.run_problems,
     "replay": conf_files.run_problems,

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from caprl_async.benchmarks.table import BENCHMARKS, GRADED
+from caprl_async.benchmarks.table import BENCHMARKS, CAPRL_QA, GRADED
 from caprl_async.conf_help import value_of
 from caprl_async.config import Config, WriterConfig
+from caprl_async.prism.runs import EVALUATED
 
 INPUT_FILES = {"data.train": True, "data.heldout": False, "evaluate.heldout_judge.data": False}
 """Keys that name a data file, and whether the run needs one."""
@@ -70,11 +71,12 @@ def annotate_problems(config: Config) -> Iterator[str]:
 def evaluate_problems(config: Config) -> Iterator[str]:
     """The same for the job that measures captions."""
     prism, folder = config.prism, Path(config.run_dir)
-    known = ", ".join(BENCHMARKS)
-    if prism.benchmark not in BENCHMARKS:
+    known = ", ".join((*BENCHMARKS, CAPRL_QA))
+    judged = prism.benchmark == CAPRL_QA
+    if prism.benchmark not in BENCHMARKS and not judged:
         yield f"prism.benchmark={prism.benchmark!r} is no benchmark that is known; known are {known}"
     if not prism.data:
-        yield "prism.data is empty: name the benchmark's .tsv or .parquet file"
+        yield "prism.data is empty: name the benchmark's .tsv, .parquet or .json file"
     elif not Path(prism.data).exists():
         yield f"prism.data={prism.data} does not exist"
     for placeholder in ("{caption}", "{question}"):
@@ -84,11 +86,27 @@ def evaluate_problems(config: Config) -> Iterator[str]:
         yield from writer_problems(config.captioner, "captioner", sees=True)
     elif not Path(prism.captions_from).exists():
         yield f"prism.captions_from={prism.captions_from} does not exist"
-    yield from writer_problems(config.answerer, "answerer", sees=False)
+    if judged:
+        yield from judge_problems(config)
+    else:
+        yield from writer_problems(config.answerer, "answerer", sees=False)
     if prism.benchmark in GRADED:
         yield from writer_problems(config.grader, "grader", sees=False)
-    if any((folder / "answers").glob("answers-*")) and not config.resume:
-        yield f"run_dir={folder} already holds answers; go on with them by resume=true, or choose another"
+    begun = [name for name in ("captions", "answers", "verdicts") if any((folder / name).glob(f"{name}-*"))]
+    if begun and not config.resume:
+        yield f"run_dir={folder} already holds {begun[0]}; go on with them by resume=true, or choose another"
+
+
+def compare_problems(config: Config) -> Iterator[str]:
+    """The same for the job that compares evaluations."""
+    runs = config.compare.runs
+    if not runs:
+        yield "compare.runs is empty: name run folders of job=evaluate, as compare.runs=[runs/a,runs/b]"
+    if len(set(runs)) < len(runs):
+        yield f"compare.runs={runs} names a run twice"
+    for folder in map(Path, runs):
+        if missing := [name for name in EVALUATED if not (folder / name).is_file()]:
+            yield f"compare.runs: {folder} is no evaluation that is through (no {', no '.join(missing)})"
 
 
 def curate_problems(config: Config) -> Iterator[str]:
@@ -126,6 +144,17 @@ def writer_problems(config: WriterConfig, key: str, *, sees: bool) -> Iterator[s
         yield f"{key}.model={folder} is no folder of a Hugging Face checkpoint (it holds no config.json)"
     elif sees and "vision_config" not in (folder / "config.json").read_text(encoding="utf-8"):
         yield f"{key}.model={folder} has no vision tower (vision_config); it must see images"
+
+
+def judge_problems(config: Config) -> Iterator[str]:
+    """The same for the judge."""
+    model = config.judge.model
+    if config.judge.endpoint.url:
+        return
+    if not model:
+        yield "judge.model is empty: name the folder of a checkpoint (or set judge.endpoint.url)"
+    elif problem := _model_problem("judge.model", Path(model), config):
+        yield problem
 
 
 def _files(config: Config) -> Iterator[str]:

@@ -340,17 +340,32 @@ class AnnotateConfig:
 class PrismConfig:
     """Captions measured by what an answerer that sees no image can answer from them."""
 
-    benchmark: str = key("", "its name: docs/prism.md lists those that are known")
-    data: str = key("", "its .tsv (VLMEvalKit) or .parquet (Hugging Face) file, or a folder of them")
+    benchmark: str = key("", "its name: docs/prism.md lists those that are known; caprl_qa: asked by judge")
+    data: str = key(
+        "", "its file: .tsv (VLMEvalKit), .parquet (Hugging Face) or .json (Prism), or a folder of them; "
+        "caprl_qa: as data.train"
+    )  # fmt: skip
     captions: int = key(4, "captions per image")
     captions_from: str = key(
         "", "captions made elsewhere: jsonl or parquet (docs/prism.md); empty: captioner's"
     )
     limit: int = key(0, "questions asked, the file's first; 0: all")
+    blind: bool = key(True, "ask also without a caption: the floor that captions are held against")
+    abstain: bool = key(
+        False, "offer judge.prompt.abstain as one more option of choice questions, for CaptionQA's score"
+    )
     template: str = key(
         "A caption tells what an image shows:\n<<<\n{caption}\n>>>\nAnswer from the caption.\n{question}",
         "what the answerer reads; {caption} and {question} are filled in",
     )
+
+
+@dataclass
+class CompareConfig:
+    """Evaluations of the same questions, side by side."""
+
+    runs: list[str] = key([], "run folders of job=evaluate; the others are held against the first")
+    images: int = key(24, "images shown: half of them those on which the runs differ most")
 
 
 @dataclass
@@ -447,7 +462,8 @@ class Config:
     job: str = key(
         "train",
         "what to do: train | curate (makes questions) | annotate (captions images) | evaluate (measures "
-        "captions) | inspect (what a run recorded) | replay (trains on it)",
+        "captions) | compare (evaluations, side by side) | inspect (what a run recorded) | replay (trains on "
+        "it)",
     )
     run_dir: str = key("runs/run", "everything the job writes is in here")
     resume: bool = key(False, "go on with the run that run_dir holds")
@@ -473,6 +489,7 @@ class Config:
     checker: WriterConfig = field(default_factory=WriterConfig)
     curate: CurateConfig = field(default_factory=CurateConfig)
     prism: PrismConfig = field(default_factory=PrismConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     ring: RingConfig = field(default_factory=RingConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,24 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[Rule, tuple[str, ..
         {"question": Q, "multi-choice options": [f"({k}) {v}" for k, v in FOUR.items()], "answer": "B"},
         CHOICE,
     ),
+    "custom": (
+        {"question": Q, **FOUR, "answer": "B"},
+        {"question": Q, "options": list(LETTERS), "answer": "B"},
+        CHOICE,
+    ),
 }
+
+PROMPTED = {
+    "chartqa": Rule.RELAXED,
+    "infovqa": Rule.ANLS,
+    "charxiv": Rule.GRADED,
+    "chartqapro": Rule.CHART_PRO,
+    "mmmu": Rule.OPEN,
+    "mathvision": Rule.MATH,
+    "visulogic": Rule.EXACT,
+    "custom": Rule.EXACT,
+}
+"""The rules of questions without options in Prism's form."""
 
 
 def write_parquet(path: Path, *rows: dict[str, Any], column: str = "image") -> Path:
@@ -183,6 +201,42 @@ def test_both_forms_are_read(name: str, tmp_path: Path) -> None:
         assert (item.rule, item.options, item.golds) == (rule, options, golds)
         assert item.question == Q
         assert Path(item.images[0].path).read_bytes() == png()
+
+
+@pytest.mark.parametrize("name", list(PROMPTED))
+def test_the_form_of_prism_is_read(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    rows: list[dict[str, Any]] = [
+        {"image": "a.png", "prompt": Q, "answer": "14"},
+        {"image": ["a.png", "a.png"], "prompt": f"{Q}\nA. one\nB. two\nAnswer briefly.", "answer": "B"},
+        {"image": "none.png", "prompt": Q, "answer": "14"},
+        {"image": "a.png", "answer": "14"},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    found = read(name, tmp_path / "a.json")
+    plain, choice = found.items
+    assert (plain.question, plain.rule, plain.golds) == (Q, PROMPTED[name], ("14",))
+    assert (choice.question, choice.options, choice.golds) == (
+        f"{Q}\nAnswer briefly.",
+        ("one", "two"),
+        ("B",),
+    )
+    assert len(choice.images) == 2
+    assert [reject.reason for reject in found.rejects] == ["missing_image", "missing_column"]
+
+
+def test_a_prompt_without_options_is_no_item_of_a_benchmark_that_has_them(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "a.json").write_text(json.dumps([{"image": "a.png", "prompt": Q, "answer": "B"}]))
+    with pytest.raises(DataError, match="no_choices"):
+        read("mmstar", tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[1]"])
+def test_what_is_no_list_of_objects_is_one_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DataError, match=r"a\.json"):
+        read("chartqa", tmp_path / "a.json")
 
 
 def test_an_image_may_be_that_of_another_row_and_there_may_be_several(tmp_path: Path) -> None:

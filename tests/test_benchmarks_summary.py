@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from caprl_async.benchmarks.items import Item, Rule
-from caprl_async.benchmarks.summary import summarise
+from caprl_async.benchmarks.summary import difference, summarise
 from caprl_async.types import ImageRef
 
 
@@ -43,6 +43,27 @@ def test_a_circle_is_right_only_as_a_whole() -> None:
     found = summarise(items, {"1": [1.0], "1000001": [0.0], "2": [1.0]})
     assert found is not None
     assert (found.items, found.mean.mean) == (2, 0.5)
+
+
+def test_a_difference_is_paired() -> None:
+    """Images differ far more than the captioners do: only the paired interval tells that one is better."""
+    rng = np.random.default_rng(0)
+    items = [item(str(number)) for number in range(60)]
+    one = {str(number): [float(value)] for number, value in enumerate(rng.integers(0, 2, 60))}
+    other = {name: [score + 0.1 + rng.normal(0, 0.02)] for name, (score,) in one.items()}
+    better, alone = difference(items, one, other), summarise(items, other)
+    assert better is not None
+    assert alone is not None
+    assert better.low is not None
+    assert better.high is not None
+    assert alone.mean.low is not None
+    assert better.mean == pytest.approx(0.1, abs=0.01)
+    assert 0.08 < better.low < better.high < 0.12
+    assert alone.mean.mean - alone.mean.low > 0.08
+    assert difference(items, one, {"1": [None]}) is None
+    only = difference(items, one, {"1": [one["1"][0] + 0.5], "2": [None]})
+    assert only is not None
+    assert only.mean == pytest.approx(0.5)
 
 
 def test_the_mean_of_categories() -> None:

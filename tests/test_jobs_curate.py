@@ -129,13 +129,14 @@ def test_planted_leaks_and_wrong_answers_are_found(
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_the_tiny_judge_finds_planted_wrong_answers(
+def test_the_tiny_judge_finds_planted_wrong_answers_and_leaks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import pyarrow as pa
 
     table = pq.read_table("caprl_async/tiny/data/heldout.parquet").slice(0, 12).to_pylist()
     planted: set[str] = set()
+    leaky: set[str] = set()
     for row in table:
         for position, question in enumerate(row["reward_model"]["ground_truth"]):
             said = {choice[0]: choice[3:] for choice in question["choices"]}
@@ -147,6 +148,9 @@ def test_the_tiny_judge_finds_planted_wrong_answers(
                 ]
                 question["answer"] = wrong[0]
                 planted.add(f"{row['id']}/{position}")
+            elif said[question["answer"]] != "unknown" and position % 4 == 0:
+                question["question"] = f"{row['reference_caption']} {question['question']}"
+                leaky.add(f"{row['id']}/{position}")
     data = tmp_path / "planted.parquet"
     pq.write_table(pa.Table.from_pylist(table), data)
     folder = tmp_path / "run"
@@ -155,6 +159,10 @@ def test_the_tiny_judge_finds_planted_wrong_answers(
     left: dict[str, list[str]] = {}
     for reject in rejects:
         left.setdefault(reject["reason"], []).append(f"{reject['row_id']}/{reject['question']}")
-    assert planted <= set(left["caption_does_not_answer"]) | set(left.get("near_duplicate_image", ()))
+    alike = set(left.get("near_duplicate_image", ()))
+    assert planted <= set(left["caption_does_not_answer"]) | alike
+    found = set(left["answered_without_image"])
+    assert len(leaky - alike - found) <= len(leaky) / 10, "a tiny judge may overlook one"
+    assert found <= leaky, "and no other question tells its answer"
     card: dict[str, Any] = json.loads((folder / "card.json").read_text())
-    assert card["questions_kept"] > 20
+    assert card["questions_kept"] > 10

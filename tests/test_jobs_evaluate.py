@@ -67,19 +67,21 @@ def test_questions_are_answered_from_captions_alone(
     asked = arguments(folder, servers, "prism.benchmark=chartqa", f"prism.data={chartqa(tmp_path)}")
     assert main(asked) == 0, capsys.readouterr().err
     result = json.loads((folder / "result.json").read_text())
-    assert (result["items"], result["images"], result["unscored"], result["captions"]) == (3, 2, 0, 2)
+    told = [result[name] for name in ("items", "images", "unscored", "captions_per_image")]
+    assert told == [3, 2, 0, 2]
     assert result["mean"]["mean"] == pytest.approx(2 / 3)
     assert result["best"] == pytest.approx(2 / 3)
-    assert result["words_per_caption"] == 2
-    seen, told = servers
+    assert result["blind"]["mean"] == 0
+    captions = result["captions"]
+    assert (captions["captions"], captions["words_mean"], captions["words_95th"]) == (4, 2, 2)
+    assert captions["truncated"] == 1, "one token each"
+    seen, answering = servers
     assert len(seen.bodies) == 2
     assert all(body["n"] == 2 for body in seen.bodies)
-    assert len(told.bodies) == 3 * 2
-    assert not any("image_url" in json.dumps(body) for body in told.bodies)
-    assert all(
-        ("fourteen bars" in prompt and "How many" in prompt) or "And here" in prompt
-        for prompt in told.prompts
-    )
+    assert len(answering.bodies) == 3 * (2 + 1)  # two captions and none
+    assert not any("image_url" in json.dumps(body) for body in answering.bodies)
+    assert sum("fourteen bars" in prompt and "How many" in prompt for prompt in answering.prompts) == 2 * 2
+    assert sum("cannot see the image" in prompt for prompt in answering.prompts) == 3
     rejects = [json.loads(line) for line in (folder / "rejects.jsonl").read_text().splitlines()]
     assert [reject["reason"] for reject in rejects] == ["missing_column"]
 
@@ -87,7 +89,7 @@ def test_questions_are_answered_from_captions_alone(
     assert "resume=true" in capsys.readouterr().err
     assert main([*asked, "resume=true"]) == 0
     assert len(seen.bodies) == 2, "nothing is asked again"
-    assert len(told.bodies) == 3 * 2
+    assert len(answering.bodies) == 3 * (2 + 1)
     assert json.loads((folder / "result.json").read_text()) == result
 
 
@@ -154,4 +156,54 @@ def test_a_wrong_conf_is_one_clear_error(
     data = chartqa(tmp_path)
     begun = arguments(tmp_path / "run", servers, "prism.benchmark=chartqa", f"prism.data={data}")
     assert main([*begun, *more]) == 2
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_tiny_judge_measures_captions_and_runs_are_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other, both = (tmp_path / name for name in ("one", "other", "both"))
+    asked = ["conf=conf/evaluate_demo.yaml", "prism.limit=64", "prism.captions=2"]
+    assert main([*asked, f"run_dir={one}", "captioner.model=caprl_async/tiny/models/policy_dense"]) == 0
+    dense = json.loads((one / "result.json").read_text())
+    assert (dense["items"], dense["unscored"], dense["captions_per_image"]) == (64, 0, 2)
+    assert dense["mean"]["mean"] > 0.8
+    assert dense["ceiling"]["mean"] > 0.95
+    assert dense["blind"]["mean"] < 0.4
+    assert dense["caption_qa"]["mean"] > 0.8
+    assert dense["categories"]["absent"] > 0.9
+    assert dense["captions"]["words_mean"] > 8
+
+    theirs = tmp_path / "captions.jsonl"
+    theirs.write_text(
+        "".join(
+            json.dumps({"sha256": json.loads(line)["sha256"], "caption": ""}) + "\n"
+            for line in (one / "images.jsonl").read_text().splitlines()
+        )
+    )
+    assert main([*asked, f"run_dir={other}", f"prism.captions_from={theirs}"]) == 0
+    empty = json.loads((other / "result.json").read_text())
+    assert empty["mean"]["mean"] == pytest.approx(empty["blind"]["mean"]), "an empty caption is the floor"
+
+    assert main(["conf=conf/compare.yaml", f"run_dir={both}", f"compare.runs=[{other},{one}]"]) == 0
+    first, second = json.loads((both / "compare.json").read_text())
+    assert (first["run"], second["shared_questions"]) == ("other", 64)
+    better = dense["mean"]["mean"] - empty["mean"]["mean"]
+    assert second["better_than_first"]["mean"] == pytest.approx(better)
+    assert second["better_than_first"]["low"] > 0
+    page = (both / "compare.html").read_text()
+    assert page.count("<article") == 8
+    assert "better by" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("runs", "named"),
+    [("[]", "compare.runs is empty"), ("[/nowhere]", "/nowhere"), ("[/a,/a]", "twice")],
+)
+def test_runs_that_cannot_be_compared_are_named(
+    runs: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["conf=conf/compare.yaml", f"run_dir={tmp_path / 'both'}", f"compare.runs={runs}"]) == 2
     assert named in capsys.readouterr().err

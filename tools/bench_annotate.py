@@ -1,9 +1,9 @@
 """Captioning a data set against plain vLLM: is job=annotate as fast, and does its memory stay bounded?
 
-Both sides caption the same images with the same model, limits and sampling, one after the other: `plain` gives
-`vllm.LLM.generate` the images in lists of 512, `annotate` runs the job. Times begin when the engine is up: on
-the job's side with its first batch out, whose images are not counted. Prints a table; the last line is one JSON object, whose `ratio`
-is the job's images per second over plain vLLM's.
+Both sides caption the same images with the same model, limits and sampling, one after the other: `plain`
+gives `vllm.LLM.generate` the images in lists of 512, `annotate` runs the job. Times begin when the engine is
+up: on the job's side with its first batch out, whose images are not counted. Prints a table; the last line is
+one JSON object, whose `ratio` is the job's images per second over plain vLLM's.
 
 With --only annotate --images 100000 the job's memory is what matters: `memory_mb` holds that of all of its
 processes (their own pages, and Ray's shared memory once) in the run's first and last tenth, and at most.
@@ -36,8 +36,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--rounds", type=int, default=1, help="times that both sides run, in turn")
     parser.add_argument("--only", choices=["plain", "annotate"], help="one side; default: both")
-    parser.add_argument("--folder", type=Path, help="where images are kept between runs; default: a temporary one")
-    parser.add_argument("arguments", nargs="*", help="key=value of the conf, on top of conf/annotate_demo.yaml")
+    parser.add_argument("--folder", type=Path, help="where images are kept between runs; default: nowhere")
+    parser.add_argument(
+        "arguments", nargs="*", help="key=value of the conf, on top of conf/annotate_demo.yaml"
+    )
     parser.add_argument("--side", choices=["plain"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -109,7 +111,8 @@ def plain_apart(args: argparse.Namespace) -> dict[str, Any]:
     done = subprocess.run(
         [*asked, "--folder", str(args.folder), *args.arguments], stdout=subprocess.PIPE, text=True, check=True
     )
-    return json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def plain(args: argparse.Namespace) -> dict[str, Any]:
@@ -173,10 +176,10 @@ def annotate(args: argparse.Namespace, run_dir: Path) -> dict[str, Any]:
     with subprocess.Popen(asked, stderr=subprocess.PIPE, text=True) as job:
         watch = Watch(job.pid)
         assert job.stderr is not None
-        told = list(job.stderr)
+        lines = list(job.stderr)
         watch.stop()
     if job.returncode not in (0, SOME_FAILED):
-        raise SystemExit(f"{' '.join(asked)} ended with {job.returncode}:\n{''.join(told)}")
+        raise SystemExit(f"{' '.join(asked)} ended with {job.returncode}:\n{''.join(lines)}")
     result = json.loads((run_dir / "result.json").read_text())
     told = {name: result[name] for name in ("images_per_s", "failed", "problems")}
     return {**told, "memory_mb": watch.summary()}

@@ -11,6 +11,11 @@ from caprl_async.benchmarks.reading import final_answer, number
 
 _PLACEHOLDER = re.compile(r"\{(caption|question)\}")
 
+BLIND = """\
+You cannot see the image that this question is about. Answer all the same, with what is likeliest.
+{question}"""
+"""What an answerer reads for the floor that captions are held against."""
+
 GRADE = """\
 You compare an answer with the right answer to a question about an image.
 Question: {question}
@@ -23,9 +28,8 @@ as \\boxed{{number}}."""
 
 def question_text(item: Item) -> str:
     """The question with its options, a line each; options that are mere letters stand in the image."""
-    letters = string.ascii_uppercase
-    plain = all(option == letter for option, letter in zip(item.options, letters, strict=False))
-    lines = [] if plain else [f"{a}) {text}" for a, text in zip(letters, item.options, strict=False)]
+    options = () if item.mere_letters else item.options
+    lines = [f"{a}) {text}" for a, text in zip(string.ascii_uppercase, options, strict=False)]
     wanted = (
         "the letter of the right option" if item.options else "the answer, a word, a number or a short phrase"
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+import string
+from dataclasses import dataclass, replace
 
 from caprl_async.types import ImageRef
 
@@ -37,6 +38,30 @@ class Item:
     kind: str = ""  # TYPED: integer | float | list | text; CHART_PRO: the question's type
     precision: int = 2  # TYPED: decimals of a float
     years: tuple[bool, ...] = ()  # CHART_PRO: which parts are years
+    abstain: bool = False  # the last option says that the caption does not tell
+
+    @property
+    def absent(self) -> bool:
+        """Whether the question asks for what is not there, so that not to answer is right."""
+        return self.abstain and self.golds == (string.ascii_uppercase[len(self.options) - 1],)
+
+    @property
+    def mere_letters(self) -> bool:
+        """Whether the options stand in the image, and only their letters here."""
+        return self.options == tuple(string.ascii_uppercase[: len(self.options)])
+
+    @property
+    def right(self) -> str:
+        """The gold answers as a person reads them."""
+        if not self.options or self.mere_letters:
+            return " / ".join(self.golds)
+        return " / ".join(self.options[string.ascii_uppercase.index(gold)] for gold in self.golds)
+
+    def offering(self, abstain: str) -> Item:
+        """The item with one option more, which says that the caption does not tell."""
+        if not self.options or self.abstain or self.mere_letters:
+            return self
+        return replace(self, options=(*self.options, abstain), abstain=True)
 
 
 class BadGold(ValueError):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pandas as pd
 from caprl_async.benchmarks.items import BadGold, Item
 from caprl_async.benchmarks.records import Record
 from caprl_async.benchmarks.scorers import check
-from caprl_async.benchmarks.table import BENCHMARKS, Benchmark
+from caprl_async.benchmarks.table import BENCHMARKS, Benchmark, prompted
 from caprl_async.data.caprl_qa import image_source
 from caprl_async.data.images import BadImage, ImageStore
 from caprl_async.data.parquet import parquet_records
@@ -22,6 +23,7 @@ from caprl_async.data.questions import literal
 from caprl_async.data.rows import BadQuestion, BadRow, DataError, Reject, id_of, place
 from caprl_async.types import ImageRef
 
+_SUFFIXES = (".tsv", ".parquet", ".json")
 _CHUNK = 256  # rows of a TSV file in memory
 _REFERENCE = 64  # characters; a shorter image cell of a TSV file names the row that has the image
 _IDS = ("index", "id", "question_id", "questionId", "pid", "sample_index", "key", "ID")
@@ -31,13 +33,12 @@ _IDS = ("index", "id", "question_id", "questionId", "pid", "sample_index", "key"
 class Benchmarked:
     """What a file asks; `rejects` is what cannot be asked or scored."""
 
-    name: str
     items: tuple[Item, ...]
     rejects: tuple[Reject, ...]
 
 
 def load_items(name: str, path: Path, store: ImageStore) -> Benchmarked:
-    """The items of a .tsv file, a .parquet file or a folder of those; images go into `store`.
+    """The items of a .tsv, .parquet or .json file or of a folder of those; images go into `store`.
 
     Raises:
         DataError: the benchmark is not known, or the file is missing, damaged or has no usable row.
@@ -48,12 +49,11 @@ def load_items(name: str, path: Path, store: ImageStore) -> Benchmarked:
     items: dict[str, Item] = {}
     rejects: list[Reject] = []
     for file in _files(path):
-        tsv = file.suffix == ".tsv"
-        for found in _tsv_rows(file, store) if tsv else _parquet_rows(file, store, benchmark):
+        for found in _rows(file, store, benchmark):
             if isinstance(found, Reject):
                 rejects.append(found)
                 continue
-            for item in _built(benchmark, found):
+            for item in _built(benchmark, found, file):
                 if isinstance(item, Item) and item.item_id in items:
                     item = Reject(item.item_id, None, "duplicate_id")
                 if isinstance(item, Reject):
@@ -63,25 +63,34 @@ def load_items(name: str, path: Path, store: ImageStore) -> Benchmarked:
     if not items:
         why = "; ".join(f"{reject.row_id}: {reject.reason} {reject.detail}" for reject in rejects[:3])
         raise DataError(f"{path}: no row that {benchmark.title} could ask ({why or 'the file is empty'})")
-    return Benchmarked(name, tuple(items.values()), tuple(rejects))
+    return Benchmarked(tuple(items.values()), tuple(rejects))
 
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        files = sorted([*path.glob("*.tsv"), *path.glob("*.parquet")])
+        files = sorted(file for suffix in _SUFFIXES for file in path.glob(f"*{suffix}"))
         if not files:
-            raise DataError(f"{path}: a folder without .tsv or .parquet files")
+            raise DataError(f"{path}: a folder without {' or '.join(_SUFFIXES)} files")
         return files
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    if path.suffix not in (".tsv", ".parquet"):
-        raise DataError(f"{path}: suffix {path.suffix!r} is not known; use .tsv or .parquet")
+    if path.suffix not in _SUFFIXES:
+        raise DataError(f"{path}: suffix {path.suffix!r} is not known; use {', '.join(_SUFFIXES)}")
     return [path]
 
 
-def _built(benchmark: Benchmark, record: Record) -> Iterator[Item | Reject]:
+def _rows(file: Path, store: ImageStore, benchmark: Benchmark) -> Iterator[Record | Reject]:
+    if file.suffix == ".tsv":
+        return _tsv_rows(file, store)
+    if file.suffix == ".json":
+        return _with_images(file, _json_records(file), store, ("image",))
+    return _with_images(file, parquet_records(file), store, benchmark.images)
+
+
+def _built(benchmark: Benchmark, record: Record, file: Path) -> Iterator[Item | Reject]:
+    own = file.suffix == ".json"
     try:
-        for item in benchmark.build(record):
+        for item in prompted(record, benchmark.prompted) if own else benchmark.build(record):
             check(item)
             yield item
     except BadGold as bad:
@@ -90,24 +99,45 @@ def _built(benchmark: Benchmark, record: Record) -> Iterator[Item | Reject]:
         yield Reject(record.item_id, None, bad.reason, bad.detail)
 
 
-# ---------------------------------------------------------------- Hugging Face parquet
+# ---------------------------------------------------------------- Hugging Face parquet, Prism's JSON
 
 
-def _parquet_rows(path: Path, store: ImageStore, benchmark: Benchmark) -> Iterator[Record | Reject]:
-    for number, values in parquet_records(path):
+def _json_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """
+    Raises:
+        DataError: the file is no list of objects.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not a readable JSON file: {error}") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path}: it must hold a list of objects with image, prompt and answer")
+    yield from enumerate(rows, 1)
+
+
+def _with_images(
+    path: Path, rows: Iterable[tuple[int, Mapping[str, Any]]], store: ImageStore, columns: Sequence[str]
+) -> Iterator[Record | Reject]:
+    """The rows with the images of these columns, each one image or a list of them."""
+    for number, values in rows:
         name = place(path, number)
         try:
             name = _id(values, name)
             images = [
-                store.put(image_source(values[column], path.parent))
-                for column in benchmark.images
-                if values.get(column) is not None
+                store.put(image_source(image, path.parent))
+                for column in columns
+                for image in _several(values.get(column))
             ]
             yield _record(name, images, values)
         except BadImage as bad:
             yield Reject(name, None, "bad_image", str(bad))
         except BadRow as bad:
             yield Reject(name, None, bad.reason, bad.detail)
+
+
+def _several(cell: Any) -> list[Any]:
+    return cell if isinstance(cell, list) else [] if cell is None else [cell]
 
 
 # ---------------------------------------------------------------- VLMEvalKit TSV

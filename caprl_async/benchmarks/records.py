@@ -106,7 +106,8 @@ def unlettered(options: Sequence[str]) -> tuple[str, ...]:
 def inline_options(question: str) -> tuple[str, tuple[str, ...]]:
     """Stem and options of a question that ends in "A: one, B: two ..." or "(A) one (B) two" or such lines.
 
-    No options if the letters are not A, B, C ... each once, at the question's end.
+    No options if the letters are not A, B, C ... each once, at the question's end. Where each option is a
+    line, lines after the last one belong to the stem.
     """
     marks = list(_INLINE.finditer(question))
     for first in (mark for mark in reversed(marks) if mark[1] == "A"):
@@ -121,6 +122,11 @@ def inline_options(question: str) -> tuple[str, tuple[str, ...]]:
             question[mark.end() : end].strip().rstrip(",;").strip()
             for mark, end in zip(run, ends, strict=True)
         )
-        if all(options):
-            return _HEADING.sub("", question[: first.start()]).strip(), options
+        if not all(options):
+            continue
+        stem, tail = _HEADING.sub("", question[: first.start()]).strip(), ""
+        if all("\n" in question[mark.start() : mark.start() + 1] for mark in run[1:]):
+            last, _, tail = options[-1].partition("\n")
+            options = (*options[:-1], last.strip())
+        return "\n".join(part for part in (stem, tail.strip()) if part), options
     return question.strip(), ()

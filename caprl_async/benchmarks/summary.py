@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,10 @@ from caprl_async.benchmarks.items import Item
 
 _RESAMPLES = 2000
 _BATCH = 50  # resamples computed at one time, so that memory does not grow with the images
+
+
+Scores: TypeAlias = Mapping[str, Sequence[float | None]]
+"""item id -> the score of its answer from each of the k captions, None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,8 @@ class Summary:
     categories: Mapping[str, float] = field(default_factory=dict)  # mean by category
 
 
-def summarise(
-    items: Sequence[Item], scores: Mapping[str, Sequence[float | None]], macro: bool = False, seed: int = 0
-) -> Summary | None:
-    """`scores`: item id -> the score of its answer from each of the k captions, None where there is none.
+def summarise(items: Sequence[Item], scores: Scores, macro: bool = False, seed: int = 0) -> Summary | None:
+    """The figures of one captioner.
 
     Items of one circle (MMBench) count as one, right only if all are. With `macro` the mean is that of the
     categories' means. None if nothing was scored.
@@ -50,30 +52,55 @@ def summarise(
     unscored = len(_circles(items)) - len(rows)
     if not rows:
         return None
-    names = sorted({row.category for row in rows})
-    column = {name: index if macro else 0 for index, name in enumerate(names)}
-    by_image: dict[str, list[_Row]] = defaultdict(list)
-    for row in rows:
-        by_image[row.image].append(row)
-    shape = (len(by_image), max(column.values()) + 1)
-    sums, bests, counts = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-    for index, own in enumerate(by_image.values()):
-        for row in own:
-            place = index, column[row.category]
-            sums[place] += row.mean
-            bests[place] += row.best
-            counts[place] += 1
-    whole = np.arange(len(by_image))
+    table = _table(rows, macro)
+    names = sorted({row.category for row in rows if row.category})
     return Summary(
         items=len(rows),
-        images=len(by_image),
+        images=len(table.counts),
         unscored=unscored,
-        mean=_interval(sums, counts, seed),
-        best=float(_ratio(bests, counts, whole)),
-        categories={
-            name: _mean([row.mean for row in rows if row.category == name]) for name in names if name
-        },
+        mean=_interval(table.sums, table.counts, seed),
+        best=float(_ratio(table.bests, table.counts, np.arange(len(table.counts)))),
+        categories={name: _mean([row.mean for row in rows if row.category == name]) for name in names},
     )
+
+
+def difference(
+    items: Sequence[Item], one: Scores, other: Scores, macro: bool = False, seed: int = 0
+) -> Interval | None:
+    """How much better `other` is than `one` on the items that both have a score for: paired, so that what an
+    image brings is the same for both. None if there is no such item."""
+    rows = [
+        replace(b, mean=b.mean - a.mean, best=b.best - a.best)
+        for members in _circles(items)
+        if (a := _row(members, one)) is not None and (b := _row(members, other)) is not None
+    ]
+    if not rows:
+        return None
+    table = _table(rows, macro)
+    return _interval(table.sums, table.counts, seed)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Of shape [images, categories (or 1)]."""
+
+    sums: NDArray[np.float64]
+    bests: NDArray[np.float64]
+    counts: NDArray[np.float64]
+
+
+def _table(rows: Sequence[_Row], macro: bool) -> _Table:
+    names = sorted({row.category for row in rows})
+    column = {name: index if macro else 0 for index, name in enumerate(names)}
+    images = {name: index for index, name in enumerate(dict.fromkeys(row.image for row in rows))}
+    shape = (len(images), max(column.values()) + 1)
+    sums, bests, counts = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    for row in rows:
+        place = images[row.image], column[row.category]
+        sums[place] += row.mean
+        bests[place] += row.best
+        counts[place] += 1
+    return _Table(sums, bests, counts)
 
 
 @dataclass(frozen=True)
@@ -91,7 +118,7 @@ def _circles(items: Sequence[Item]) -> list[list[Item]]:
     return list(found.values())
 
 
-def _row(members: Sequence[Item], scores: Mapping[str, Sequence[float | None]]) -> _Row | None:
+def _row(members: Sequence[Item], scores: Scores) -> _Row | None:
     """None if no caption has a score for every member."""
     each = [scores.get(item.item_id, ()) for item in members]
     captions = min(map(len, each))

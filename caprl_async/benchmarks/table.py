@@ -31,6 +31,7 @@ class Benchmark:
     build: Build
     images: tuple[str, ...] = ("image",)  # columns that may hold them, in order
     macro: bool = False  # the mean over categories of their means, not over items
+    prompted: Rule = Rule.EXACT  # of questions without options in Prism's form, which has no other columns
 
 
 # ---------------------------------------------------------------- what many have
@@ -221,6 +222,22 @@ def _mmbench(record: Record) -> Iterator[Item]:
     yield _choice(record, record.text("question"), _options(record), circle)
 
 
+def prompted(record: Record, rule: Rule) -> Iterator[Item]:
+    """A row of Prism's form: the question, with its options if it has some, is the prompt.
+
+    Raises:
+        BadRow: the benchmark's questions have options, and none are found in the prompt.
+    """
+    text, golds = record.text("prompt", "question"), record.texts("answer")
+    question, options = inline_options(text)
+    if options and all(_LETTER.fullmatch(gold) for gold in golds):
+        yield _choice(record, question, options)
+    elif rule is Rule.CHOICE:
+        raise BadRow("no_choices", f"no options A, B, ... at the end of {text[-100:]!r}")
+    else:
+        yield _item(record, text, golds, rule)
+
+
 def _mmvet(record: Record) -> Iterator[Item]:
     yield _item(record, record.text("question"), (record.text("answer"),), Rule.GRADED,
                 category=record.maybe_text("capability", "category"))  # fmt: skip
@@ -229,29 +246,33 @@ def _mmvet(record: Record) -> Iterator[Item]:
 _SEVEN = ("image", *(f"image_{number}" for number in range(1, 8)))
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "ai2d": Benchmark("AI2D", _ai2d),
-    "mmstar": Benchmark("MMStar", _letters),
-    "mmmu": Benchmark("MMMU", _mmmu, _SEVEN),
-    "mmmu_pro": Benchmark("MMMU-Pro", _mmmu, _SEVEN),
-    "seed2plus": Benchmark("SEED-Bench-2-Plus", _letters),
-    "seed": Benchmark("SEED-Bench", _letters),
-    "chartqa": Benchmark("ChartQA", _chartqa),
-    "infovqa": Benchmark("InfographicVQA", _document),
-    "docvqa": Benchmark("DocVQA", _document),
-    "charxiv": Benchmark("CharXiv", _charxiv),
-    "chartqapro": Benchmark("ChartQAPro", _chartqapro),
-    "mathvista": Benchmark("MathVista", _mathvista, ("decoded_image", "image")),
-    "mathverse": Benchmark("MathVerse", _mathverse),
-    "mathvision": Benchmark("MathVision", _mathvision, ("decoded_image", "image")),
-    "wemath": Benchmark("We-Math", _wemath, ("image", "image_path")),
+    "ai2d": Benchmark("AI2D", _ai2d, prompted=Rule.CHOICE),
+    "mmstar": Benchmark("MMStar", _letters, prompted=Rule.CHOICE),
+    "mmmu": Benchmark("MMMU", _mmmu, _SEVEN, prompted=Rule.OPEN),
+    "mmmu_pro": Benchmark("MMMU-Pro", _mmmu, _SEVEN, prompted=Rule.OPEN),
+    "seed2plus": Benchmark("SEED-Bench-2-Plus", _letters, prompted=Rule.CHOICE),
+    "seed": Benchmark("SEED-Bench", _letters, prompted=Rule.CHOICE),
+    "chartqa": Benchmark("ChartQA", _chartqa, prompted=Rule.RELAXED),
+    "infovqa": Benchmark("InfographicVQA", _document, prompted=Rule.ANLS),
+    "docvqa": Benchmark("DocVQA", _document, prompted=Rule.ANLS),
+    "charxiv": Benchmark("CharXiv", _charxiv, prompted=Rule.GRADED),
+    "chartqapro": Benchmark("ChartQAPro", _chartqapro, prompted=Rule.CHART_PRO),
+    "mathvista": Benchmark("MathVista", _mathvista, ("decoded_image", "image"), prompted=Rule.MATH),
+    "mathverse": Benchmark("MathVerse", _mathverse, prompted=Rule.MATH),
+    "mathvision": Benchmark("MathVision", _mathvision, ("decoded_image", "image"), prompted=Rule.MATH),
+    "wemath": Benchmark("We-Math", _wemath, ("image", "image_path"), prompted=Rule.CHOICE),
     "visulogic": Benchmark("VisuLogic", _visulogic, ("image", "image_path")),
+    "custom": Benchmark("own questions", _realworldqa),
     "realworldqa": Benchmark("RealWorldQA", _realworldqa),
     "gqa": Benchmark("GQA", _gqa, ("image", "imageId")),
-    "mmbench": Benchmark("MMBench", _mmbench),
-    "mmvet": Benchmark("MM-Vet", _mmvet),
-    "mme_realworld": Benchmark("MME-RealWorld", _letters, macro=True),
+    "mmbench": Benchmark("MMBench", _mmbench, prompted=Rule.CHOICE),
+    "mmvet": Benchmark("MM-Vet", _mmvet, prompted=Rule.GRADED),
+    "mme_realworld": Benchmark("MME-RealWorld", _letters, macro=True, prompted=Rule.CHOICE),
 }
 """By the name that `prism.benchmark` takes."""
+
+CAPRL_QA = "caprl_qa"
+"""`prism.benchmark` of CapRL-QA data (as data.train), whose questions the judge answers."""
 
 GRADED = ("charxiv", "mmvet")
 """Those whose answers no rule can compare: they need a grader."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from caprl_async.curation.checks import Accuracy
 from caprl_async.files import write_json
+from caprl_async.observe.pages import data_uri, template, write_page
 from caprl_async.types import Question
 
 _TEMPLATE = Path(__file__).with_name("card.html")
@@ -53,13 +52,12 @@ def write_card(card: Card, folder: Path) -> None:
     """Writes `card.json` and `card.html` into the folder."""
     names = ("about", "images", "questions", "images_kept", "questions_kept", "left_out")
     write_json(folder / "card.json", {name: getattr(card, name) for name in names})
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+    page = template(_TEMPLATE).render(
         card=card,
         plots=[(title, Markup(_histogram(values))) for title, values in _measured(card.accuracies)],
-        images=[_inline(Path(example.image)) for example in card.examples],
+        images=[data_uri(Path(example.image)) for example in card.examples],
     )
-    (folder / "card.html").write_text(page, encoding="utf-8", errors="replace")
+    write_page(folder / "card.html", page)
 
 
 def _measured(accuracies: Sequence[Accuracy]) -> list[tuple[str, list[float]]]:
@@ -81,13 +79,3 @@ def _histogram(values: Sequence[float]) -> str:
     out = io.StringIO()
     FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})
     return out.getvalue()[out.getvalue().index("<svg") :]
-
-
-def _inline(path: Path) -> str:
-    from PIL import Image
-
-    with Image.open(path) as image:
-        image.thumbnail((320, 320))
-        out = io.BytesIO()
-        image.convert("RGB").save(out, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"

@@ -6,28 +6,21 @@ after whatever has ended the job.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from caprl_async import conf
 from caprl_async.config import Config
 from caprl_async.files import write_json
-from caprl_async.judge.permutations import seed_of
 from caprl_async.stream import on_ray
-from caprl_async.stream.pipeline import Passed, run_pass
+from caprl_async.stream.captioning import CAPTIONS, Captioned, about_captions
+from caprl_async.stream.pipeline import FAILURES, Passed, run_pass
 from caprl_async.stream.shards import FORMS
-from caprl_async.stream.sources import image_of, open_images
-from caprl_async.stream.stage import Row, asking, explained
-from caprl_async.writer.types import Ask, Text
-from caprl_async.writer.writer import model_name
+from caprl_async.stream.sources import open_images
+from caprl_async.stream.stage import asking, explained
 
-CAPTIONS = "captions"
-FAILURES = "failures.jsonl"
 RESULT = "result.json"
 SOME_FAILED = 3
 """Exit code of a job that is through, with rows that failed."""
@@ -63,56 +56,6 @@ def run(config: Config) -> None:
         _conclude(passed, folder, console)
     if passed.failed:
         sys.exit(SOME_FAILED)
-
-
-def about_captions(config: Config, captions: int) -> dict[str, Any]:
-    """How the captions are made, so many of each image, for whoever finds them."""
-    captioner = config.captioner
-    return {
-        "captioner": model_name(captioner),
-        "prompt": config.data.prompt,
-        "temperature": captioner.temperature,
-        "max_tokens": captioner.max_tokens,
-        "captions": captions,
-        "min_pixels": captioner.min_pixels,
-        "max_pixels": captioner.max_pixels,
-        "seed": config.seed,
-    }
-
-
-@dataclasses.dataclass(frozen=True)
-class Captioned:
-    """What is asked about a row, and what becomes of the answers; sent to the actors."""
-
-    prompt: str
-    captions: int
-    seed: int
-
-    def asks(self, row: Row) -> Sequence[Ask]:
-        """
-        Raises:
-            OSError: the image's file cannot be read.
-        """
-        image = image_of(row)
-        row["data"], row["sha256"] = image.data, image.sha256
-        # The same captions whoever makes them, and when.
-        seed = seed_of("annotate", self.seed, row["id"]) % 2**31
-        return [Ask(self.prompt, image=image, n=self.captions, seed=seed)]
-
-    def take(self, row: Row, answers: Sequence[tuple[Text, ...]]) -> Row:
-        """
-        Raises:
-            ValueError: a caption is empty.
-        """
-        (texts,) = answers
-        if not all(text.text for text in texts):
-            raise ValueError("the captioner wrote nothing")
-        return {
-            "prompt": self.prompt,
-            "captions": [text.text for text in texts],
-            "finish": [text.finish.value for text in texts],
-            "tokens": [text.tokens for text in texts],
-        }
 
 
 def _conclude(passed: Passed, folder: Path, console: Console) -> None:

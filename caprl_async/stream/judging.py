@@ -16,9 +16,15 @@ from caprl_async.stream.stage import ModelAway, Row, end_process
 from caprl_async.types import Outcome, Question, Verdict
 
 JUDGED = pa.schema(
-    [("id", pa.string()), ("problem", pa.string()), ("scores", pa.list_(pa.list_(pa.float64())))]
+    [
+        ("id", pa.string()),
+        ("problem", pa.string()),
+        ("scores", pa.list_(pa.list_(pa.float64()))),
+        ("abstained", pa.list_(pa.list_(pa.float64()))),
+        ("chosen", pa.list_(pa.list_(pa.string()))),
+    ]
 )
-"""`scores` [caption][question] of a row; null where a question has none."""
+"""Of a row's verdicts [caption][question]: `score`, `abstained` and `choice`; null where there is none."""
 
 _QUESTIONS = msgspec.json.Decoder(tuple[Question, ...])
 
@@ -71,3 +77,5 @@ class JudgeStage:
         if down:
             row["problem"] = f"the judge did not answer: {down[0].reason}"
         row["scores"] = [[verdict.score for verdict in one] for one in verdicts]
+        row["abstained"] = [[verdict.abstained for verdict in one] for one in verdicts]
+        row["chosen"] = [[verdict.choice for verdict in one] for one in verdicts]

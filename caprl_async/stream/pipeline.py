@@ -17,6 +17,9 @@ from caprl_async.stream.done import Done
 from caprl_async.stream.shards import Shards
 from caprl_async.stream.stage import explained
 
+FAILURES = "failures.jsonl"
+"""Name of the file of rows that failed."""
+
 
 @dataclass
 class Passed:

@@ -1,0 +1,135 @@
+"""Evaluations of the same questions side by side: figures, paired differences, the images that tell most."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+from caprl_async.benchmarks.items import Item
+from caprl_async.benchmarks.summary import Interval, difference
+from caprl_async.benchmarks.table import BENCHMARKS
+from caprl_async.data.rows import DataError
+from caprl_async.prism.runs import Run
+
+RIGHT = 0.5
+"""A score from here on is shown as a right answer."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One run beside the first one."""
+
+    run: Run
+    better: (
+        Interval | None
+    )  # mean difference to the first run on the questions that both have; None: it is it
+    shared: int  # those questions
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What came of one question with one captioner's first caption."""
+
+    answer: str
+    score: float | None
+    right: bool
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One image with its captions and questions."""
+
+    path: str
+    captions: Sequence[str]  # of each run the first
+    questions: Sequence[tuple[Item, Sequence[Cell]]]
+    spread: float  # between the runs' mean scores on it
+
+
+def sides(runs: Sequence[Run], seed: int) -> list[Side]:
+    """The runs, each held against the first.
+
+    Raises:
+        DataError: they measure different things, or no question is asked in all of them.
+    """
+    first = runs[0]
+    for run in runs[1:]:
+        for key in ("benchmark", "answerer"):
+            if run.result[key] != first.result[key]:
+                raise DataError(
+                    f"{first.name} and {run.name} cannot be compared: {key} {first.result[key]!r} and "
+                    f"{run.result[key]!r}"
+                )
+    known = BENCHMARKS.get(str(first.result["benchmark"]))
+    macro = known is not None and known.macro
+    return [Side(first, None, len(first.questions)), *(_side(run, first, macro, seed) for run in runs[1:])]
+
+
+def as_json(found: Sequence[Side]) -> list[dict[str, Any]]:
+    """The figures of each run."""
+    return [
+        {
+            "run": side.run.name,
+            **side.run.result,
+            "better_than_first": asdict(side.better) if side.better else None,
+            "shared_questions": side.shared,
+        }
+        for side in found
+    ]
+
+
+def shown(runs: Sequence[Run], images: int) -> list[Shown]:
+    """So many images that all runs have captioned: half of them those on which the runs differ most, the
+    rest the first of the file."""
+    told = [{line.item.item_id: line.told for line in run.questions} for run in runs]
+    by_image: dict[str, list[Item]] = defaultdict(list)
+    for line in runs[0].questions:
+        by_image[line.item.images[0].sha256].append(line.item)
+    every = [
+        _shown(sha256, items, runs, told)
+        for sha256, items in by_image.items()
+        if all(sha256 in run.images for run in runs)
+    ]
+    most = sorted(every, key=lambda one: -one.spread)[: images // 2] if len(runs) > 1 else []
+    most = [one for one in most if one.spread > 0]
+    return [*most, *(one for one in every if one not in most)][:images]
+
+
+def _side(run: Run, first: Run, macro: bool, seed: int) -> Side:
+    items = [line.item for line in first.questions]
+    one, other = _scores(first), _scores(run)
+    shared = sum(item.item_id in one and item.item_id in other for item in items)
+    if not shared:
+        raise DataError(f"{first.name} and {run.name} have no question in common")
+    return Side(run, difference(items, one, other, macro, seed), shared)
+
+
+def _scores(run: Run) -> dict[str, Sequence[float | None]]:
+    return {line.item.item_id: line.told.scores for line in run.questions if line.told is not None}
+
+
+def _shown(
+    sha256: str, items: Sequence[Item], runs: Sequence[Run], told: Sequence[Mapping[str, Any]]
+) -> Shown:
+    questions = [(item, [_cell(own.get(item.item_id)) for own in told]) for item in items]
+    means = [
+        fmean(scores)
+        for column in zip(*(cells for _, cells in questions), strict=True)
+        if (scores := [cell.score for cell in column if cell.score is not None])
+    ]
+    image = runs[0].images[sha256]
+    return Shown(
+        path=image.path,
+        captions=[(run.images[sha256].captions or [""])[0] for run in runs],
+        questions=questions,
+        spread=max(means) - min(means) if len(means) == len(runs) else 0.0,
+    )
+
+
+def _cell(told: Any) -> Cell:
+    if told is None or not told.scores:
+        return Cell("", None, False)
+    score = told.scores[0]
+    return Cell(told.answers[0], score, score is not None and score >= RIGHT)
