@@ -23,8 +23,10 @@ from engine_kit import noise_image
 from process_kit import left_running
 
 from caprl_async import processes
+from caprl_async.ring.errors import RingFailed
 from caprl_async.run import main
-from caprl_async.stream.sources import open_images
+from caprl_async.stream import stage
+from caprl_async.stream.sources import open_images, table_of
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-m", "caprl_async.run", "conf=conf/annotate_demo.yaml"]
@@ -119,6 +121,21 @@ def test_sources_give_every_image_once(make: Any, tmp_path: Path, local_ray: Non
 
 
 # ---------------------------------------------------------------- the job
+
+
+class Dying:
+    """A stage whose engine dies at every batch."""
+
+    async def __call__(self, batch: pa.Table) -> pa.Table:
+        os._exit(1)
+
+
+@pytest.mark.slow
+def test_an_actor_that_always_dies_ends_the_job(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "_RESTARTS", 1)
+    rows = table_of([{"id": str(number)} for number in range(8)])
+    with pytest.raises(RingFailed, match=r"died.*resume=true"), stage.explained():
+        list(stage.on_actors(rows, Dying, (), 4, 1, 0.0).iter_batches(batch_size=None))
 
 
 @pytest.mark.slow

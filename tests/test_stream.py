@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from caprl_async.choices import Form
 from caprl_async.config import EndpointConfig, WriterConfig
 from caprl_async.data.rows import DataError
-from caprl_async.jobs.annotate import Captioned
+from caprl_async.stream.captioning import Captioned
 from caprl_async.stream.done import Done
 from caprl_async.stream.shards import CAPTIONED, FORMS, Shards
 from caprl_async.stream.stage import ModelAway, WriterStage
@@ -138,10 +138,10 @@ def server() -> Iterator[FakeServer]:
         yield fake
 
 
-def stage(server: FakeServer, **changes: Any) -> WriterStage:
+def stage(server: FakeServer, empty: bool = False, **changes: Any) -> WriterStage:
     endpoint = EndpointConfig(url=server.url, retries=0, timeout_s=5.0, max_in_flight=1)
     config = WriterConfig(endpoint=endpoint, max_tokens=1, **changes)
-    what = Captioned("what?", captions=1, seed=0)
+    what = Captioned("what?", captions=1, seed=0, empty=empty)
     return WriterStage(config, "captioner", 0, what, CAPTIONED)
 
 
@@ -173,10 +173,12 @@ def test_a_row_that_cannot_be_asked_or_answered_costs_only_itself(server: FakeSe
     assert len(server.bodies) == 2
 
 
-def test_an_empty_caption_is_none(server: FakeServer) -> None:
+def test_an_empty_caption_is_none_unless_it_is_measured(server: FakeServer) -> None:
     server.tokens = lambda prompt: {" ": 1.0}
     (found,) = through(stage(server), {"data": png()})
     assert "wrote nothing" in found["problem"]
+    (found,) = through(stage(server, empty=True), {"data": png()})
+    assert (found["problem"], found["captions"]) == (None, [""])
 
 
 def test_a_model_that_is_away_ends_the_job_and_one_bad_row_does_not(server: FakeServer) -> None:

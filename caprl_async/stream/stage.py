@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol, TypeAlias
@@ -25,6 +26,7 @@ from caprl_async.writer.types import Ask, Text, Unwritten, WriterError, Written
 from caprl_async.writer.writer import Writer, load_writer
 
 _AT_ONCE = 4  # batches of an actor
+_RESTARTS = 10  # of an actor; one that dies at every batch ends the job
 
 log = logging.getLogger(__name__)
 
@@ -148,14 +150,20 @@ def on_actors(
     """
     from ray.data import ActorPoolStrategy
 
-    return rows.repartition(target_num_rows_per_block=batch_rows).map_batches(
-        stage,
-        fn_constructor_args=made,
-        batch_size=batch_rows,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(
-            size=actors, max_tasks_in_flight_per_actor=2 * _AT_ONCE, max_concurrent_calls_per_actor=_AT_ONCE
-        ),
-        num_cpus=0.1,
-        num_gpus=gpus,
+    pool = ActorPoolStrategy(
+        size=actors, max_tasks_in_flight_per_actor=2 * _AT_ONCE, max_concurrent_calls_per_actor=_AT_ONCE
     )
+    with warnings.catch_warnings():
+        # Ray Data restarts without end unless told otherwise, and has no named parameter to tell it.
+        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+        return rows.repartition(target_num_rows_per_block=batch_rows).map_batches(
+            stage,
+            fn_constructor_args=made,
+            batch_size=batch_rows,
+            batch_format="pyarrow",
+            compute=pool,
+            num_cpus=0.1,
+            num_gpus=gpus,
+            max_restarts=_RESTARTS,
+            max_task_retries=_RESTARTS,
+        )
