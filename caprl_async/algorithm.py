@@ -6,6 +6,7 @@ runners, no RL module, and a learner group that stands for the whole ring.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import pathlib
 from collections.abc import Callable
@@ -20,17 +21,34 @@ from ray.rllib.utils.checkpoints import Checkpointable
 from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME, NUM_ENV_STEPS_TRAINED_LIFETIME
 from ray.tune import PlacementGroupFactory
 
+from caprl_async import conf, conf_checks
 from caprl_async.config import Config
 from caprl_async.replay.eval_spec import heldout_spec
 from caprl_async.ring.actors import roster
 from caprl_async.ring.supervisor import Supervisor
+from caprl_async.rllib_names import Named
+
+_RLLIBS_OWN = (
+    "env_config",
+    "exploration_config",
+    "evaluation_",
+    "model",
+    "optimizer",
+    "replay_buffer_config",
+    "sample_collector",
+)
 
 # It would advise every user on choosing between RLlib's old and new interfaces, of which neither is used.
 logging.getLogger("ray.rllib.algorithms.algorithm_config").setLevel(logging.ERROR)
 
 
-class CapRLConfig(AlgorithmConfig):
-    """`CapRLConfig().conf(config).build_algo()`; the conf is the whole configuration."""
+class CapRLConfig(Named, AlgorithmConfig):
+    """The conf, by RLlib's methods and names, from Python:
+
+    CapRLConfig().environment(train="qa.parquet").training(lr=1e-6).env_runners(num_env_runners=8).build_algo()
+
+    `conf` takes a whole one. A value may be one of Tune's (`tune.grid_search`).
+    """
 
     def __init__(self, algo_class: type | None = None) -> None:
         super().__init__(algo_class=algo_class or CapRL)
@@ -45,11 +63,26 @@ class CapRLConfig(AlgorithmConfig):
 
     @property
     def as_conf(self) -> Config:
-        """The conf as the dataclasses of `caprl_async.config`."""
-        merged = OmegaConf.merge(OmegaConf.structured(Config), self.caprl)
-        config = OmegaConf.to_object(merged)
-        assert isinstance(config, Config)
-        return config
+        """The conf as the dataclasses of `caprl_async.config`.
+
+        Raises:
+            ConfError: a value has the wrong type, or its key is not known.
+        """
+        return conf.from_mapping(self.caprl)
+
+    def validate(self) -> None:
+        """
+        Raises:
+            ConfError: the ring cannot run with it.
+        """
+        super().validate()
+        conf_checks.check(self.as_conf)
+
+    def update_from_dict(self, config_dict: dict[str, Any]) -> CapRLConfig:
+        # RLlib would hand these of its own, which mean nothing here, to the methods below.
+        own = {name: value for name, value in config_dict.items() if not name.startswith(_RLLIBS_OWN)}
+        super().update_from_dict(own)
+        return self
 
     def get_multi_rl_module_spec(self, **_: Any) -> MultiRLModuleSpec:
         return MultiRLModuleSpec(rl_module_specs={})
@@ -123,9 +156,10 @@ class CapRL(Algorithm):
         super().setup(config)
         assert isinstance(self.config, CapRLConfig)
         in_trial = bool(self.trial_id and self.trial_id != "default")
-        self.ring = Supervisor(
-            self.config.as_conf, say=type(self).on_message, first_bundle=1 if in_trial else 0
-        )
+        self.conf = self.config.as_conf
+        if in_trial:  # what a ring writes stays within its trial
+            self.conf = dataclasses.replace(self.conf, run_dir=str(pathlib.Path(self.logdir).resolve()))
+        self.ring = Supervisor(self.conf, say=type(self).on_message, first_bundle=1 if in_trial else 0)
         self.learner_group.ring = self.ring
         try:
             self.ring.start()
@@ -151,7 +185,7 @@ class CapRL(Algorithm):
         Raises:
             RingFailed: there are no held-out questions (`data.heldout`), or an actor could not go on.
         """
-        return {"caprl": self.ring.evaluate(heldout_spec(self.config.as_conf, str(self.ring.version)))}
+        return {"caprl": self.ring.evaluate(heldout_spec(self.conf, str(self.ring.version)))}
 
     def get_state(
         self, components: Any = None, *, not_components: Any = None, **kwargs: Any

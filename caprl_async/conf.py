@@ -33,6 +33,7 @@ __all__ = [
     "ConfError",
     "check_machine",
     "dump",
+    "from_mapping",
     "has_checkpoint",
     "has_run",
     "help_text",
@@ -100,6 +101,17 @@ def read(paths: Sequence[Path], overrides: Sequence[str] = ()) -> Config:
     files = [layer for path in paths for layer in _file_layers(path)]
     layers = [*files, _Layer("the command line", _parse_dotlist(overrides), None)]
     config, sources = _merge(layers)
+    _resolve_paths(config, sources)
+    return config
+
+
+def from_mapping(values: dict[str, Any]) -> Config:
+    """The conf of a nested dictionary, over the defaults; keys, types and paths as `read` takes them.
+
+    Raises:
+        ConfError: an unknown key or a wrong type.
+    """
+    config, sources = _merge([_Layer("the configuration", values, None)])
     _resolve_paths(config, sources)
     return config
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from caprl_async.benchmarks.table import BENCHMARKS, CAPRL_QA, GRADED
 from caprl_async.conf_help import value_of
-from caprl_async.config import Config, WriterConfig
+from caprl_async.config import Config, JudgeMode, WriterConfig
 from caprl_async.prism.runs import EVALUATED
 
 INPUT_FILES = {"data.train": True, "data.heldout": False, "evaluate.heldout_judge.data": False}
@@ -126,7 +126,9 @@ def curate_problems(config: Config) -> Iterator[str]:
     checker, judge = config.checker, config.judge
     if checker.model or checker.endpoint.url:
         yield from writer_problems(checker, "checker", sees=True)
-    elif not (judge.model or judge.endpoint.url):
+    if judge.model or judge.endpoint.url:
+        yield from judge_problems(config)
+    elif not (checker.model or checker.endpoint.url):
         yield "checker.model (or .endpoint.url) is empty, and judge.model too: nobody checks the questions"
     begun = [name for name in ("written", "checked", "judged") if any((folder / name).glob(f"{name}-*"))]
     if begun and not config.resume:
@@ -149,6 +151,8 @@ def writer_problems(config: WriterConfig, key: str, *, sees: bool) -> Iterator[s
 def judge_problems(config: Config) -> Iterator[str]:
     """The same for the judge."""
     model = config.judge.model
+    if config.judge.mode is JudgeMode.sample:
+        yield f"judge.mode=sample draws some of the questions; job={config.job} asks all: take another mode"
     if config.judge.endpoint.url:
         return
     if not model:

@@ -12,7 +12,8 @@ import pytest
 from benchmark_kit import in_text, png, write_tsv
 
 from caprl_async.benchmarks.items import Item, Rule
-from caprl_async.benchmarks.load import Benchmarked, load_items
+from caprl_async.benchmarks.load import Benchmarked, limited, load_items
+from caprl_async.benchmarks.scorers import score
 from caprl_async.benchmarks.table import BENCHMARKS
 from caprl_async.data.images import ImageStore
 from caprl_async.data.rows import DataError
@@ -232,6 +233,74 @@ def test_a_prompt_without_options_is_no_item_of_a_benchmark_that_has_them(tmp_pa
         read("mmstar", tmp_path / "a.json")
 
 
+def prompted(tmp_path: Path, name: str, **row: Any) -> Item:
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "a.json").write_text(json.dumps([{"image": "a.png", "prompt": Q, **row}]))
+    return only(read(name, tmp_path / "a.json"))
+
+
+@pytest.mark.parametrize("gold", ["(2, 3)", "[0, 5)", "[0, 5]", "(1/2)"])
+def test_an_expression_in_brackets_is_one_answer(gold: str, tmp_path: Path) -> None:
+    item = prompted(tmp_path, "mathvision", answer=gold)
+    assert item.golds == (gold,)
+    assert score(r"\boxed{2}", item) == 0
+    assert score(rf"\boxed{{{gold}}}", item) == 1
+
+
+def test_a_list_of_answers_is_one_of_alternatives(tmp_path: Path) -> None:
+    assert prompted(tmp_path, "infovqa", answer="['a', 'b']").golds == ("a", "b")
+    assert prompted(tmp_path, "infovqa", answer=["a", "b"]).golds == ("a", "b")
+    assert prompted(tmp_path, "infovqa", answer="[sic]").golds == ("[sic]",)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"options": ["red", "blue"], "answer": "blue"},
+        {"options": ["red", "blue"], "answer": "b"},
+        {"A": "red", "B": "blue", "answer": "B"},
+        {"prompt": f"{Q}\nA. red\nB. blue", "answer": "blue"},
+        {"prompt": f"{Q}\nA. red\nB. blue", "answer": "b"},
+    ],
+)
+def test_options_are_never_lost(row: dict[str, Any], tmp_path: Path) -> None:
+    item = prompted(tmp_path, "custom", **row)
+    assert (item.question, item.rule, item.options, item.golds) == (Q, Rule.CHOICE, ("red", "blue"), ("B",))
+
+
+def test_a_gold_answer_that_is_no_option_is_a_reject(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    row = {"image": "a.png", "prompt": Q, "options": ["red", "blue"], "answer": "green"}
+    (tmp_path / "a.json").write_text(json.dumps([row]))
+    with pytest.raises(DataError, match="gold_not_an_option"):
+        read("custom", tmp_path / "a.json")
+
+
+def test_ids_that_come_again_lose_no_question(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    rows = [{"id": 7, "image": "a.png", "prompt": f"{Q} {n}", "answer": "14"} for n in (1, 2, 3, 2)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    found = read("custom", tmp_path / "a.json")
+    assert [item.item_id for item in found.items] == ["7", "7#2", "7#3"]
+    assert [reject.reason for reject in found.rejects] == ["duplicate"]
+    steps = [{"question": f"{Q} {n}", **FOUR, "answer": "B", "key": "2steps_1", "ID": "1"} for n in range(3)]
+    assert (
+        len({item.item_id for item in read("wemath", write_parquet(tmp_path / "w.parquet", *steps)).items})
+        == 3
+    )
+
+
+def test_a_circle_with_a_bad_member_is_left_out_and_a_limit_keeps_circles_whole(tmp_path: Path) -> None:
+    row = {"question": Q, **FOUR, "answer": "B"}
+    rows = [{**row, "index": str(index)} for index in (1, 2, 1_000_001, 1_000_002, 2_000_001)]
+    rows[3]["answer"] = "Q"
+    found = read("mmbench", write_tsv(tmp_path / "a.tsv", *rows))
+    assert {item.item_id for item in found.items} == {"1", "1000001", "2000001"}
+    assert [reject.reason for reject in found.rejects] == ["bad_gold", "incomplete_circle"]
+    assert [item.item_id for item in limited(found.items, 1)] == ["1", "1000001", "2000001"]
+    assert limited(found.items, 0) == list(found.items)
+
+
 @pytest.mark.parametrize("text", ["{", "{}", "[1]"])
 def test_what_is_no_list_of_objects_is_one_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(text)
@@ -326,7 +395,7 @@ def test_a_bad_row_costs_only_itself(tmp_path: Path) -> None:
     found = read("ai2d", write_tsv(tmp_path / "a.tsv", row, *bad))
     assert [item.item_id for item in found.items] == ["1"]
     assert [reject.reason for reject in found.rejects] == [
-        "bad_gold", "missing_column", "bad_image", "bad_image", "bad_gold", "duplicate_id",
+        "bad_gold", "missing_column", "bad_image", "bad_image", "bad_gold", "duplicate",
     ]  # fmt: skip
 
 

@@ -52,6 +52,11 @@ def test_the_final_answer(text: str, found: str) -> None:
         ("The answer is Rome.", 1),
         ("A town in Spain", 3),  # no letter A
         ("B) Paris", None),  # which of them?
+        ("b", 1),
+        ("B, as it says", 1),
+        ("B because of that", 1),
+        ("B\n\nBecause the caption says so", 1),
+        ("A, B and C", 0),
         ("E", None),
         ("According to the caption", None),
         ("Based on it", None),
@@ -63,12 +68,20 @@ def test_the_option_that_an_answer_names(answer: str, index: int | None) -> None
     assert read_choice(answer, CITIES) == index
 
 
+def test_options_that_are_alike_but_for_their_edges() -> None:
+    options = ("[2,3]", "(2,3)", "[2,3)")
+    assert read_choice("B) (2,3)", options) == 1
+    assert read_choice("B", options) == 1
+    assert read_choice("B) the dog", ("a dog", "the dog")) == 1
+
+
 def test_numbers() -> None:
     assert number("1,234.5") == 1234.5
     assert number("-.5") == -0.5
     assert number("2e3") == 2000.0
     for none in ("", "1,23", "nan", "inf", "1 2", "about 3", "1e999", "-", "."):
         assert number(none) is None
+    assert numbers_in("3.5cm 1.2e3 1,234kg .5 1.2.3 2nd 4.") == [3.5, 1200.0, 1234.0, 0.5, 4.0]
     assert numbers_in("from $1,200 to -3.5% in 2019") == [1200.0, -3.5, 2019.0]
 
 
@@ -87,6 +100,35 @@ def test_choice() -> None:
     assert score(r"It is in Italy: \boxed{B}", one) == 1
     assert score("Rome", one) == 1
     assert score("A", one) == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "rule"),
+    [
+        ("$975.00", "$975.00", Rule.ANLS),
+        (r"\$975.00", "$975.00", Rule.ANLS),
+        ("$5", "$5", Rule.ANLS),
+        ("$5", "$5", Rule.RELAXED),
+        ("$5$", "5", Rule.RELAXED),
+        (r"5\%", "5%", Rule.RELAXED),
+        (r"5\%", "5%", Rule.ANLS),
+        ("U.S.", "U.S.", Rule.ANLS),
+        ("U.S.", "U.S", Rule.ANLS),
+        (r"1{,}000", "1000", Rule.RELAXED),
+        (r"R\&D", "R&D", Rule.EXACT),
+        ("3.5cm", "3.5", Rule.OPEN),
+    ],
+)
+def test_what_latex_does_to_an_answer_costs_nothing(answer: str, gold: str, rule: Rule) -> None:
+    assert score(rf"\boxed{{{answer}}}", item(rule, gold)) == 1
+
+
+@pytest.mark.parametrize("rule", [Rule.EXACT, Rule.RELAXED, Rule.ANLS, Rule.CHART_PRO])
+@pytest.mark.parametrize("gold", ["!", "...", "%"])
+def test_to_say_nothing_is_never_right(gold: str, rule: Rule) -> None:
+    for nothing in ("", r"\boxed{}", r"\boxed{?}"):
+        assert score(nothing, item(rule, gold)) == 0
+    assert score(rf"\boxed{{{gold}}}", item(rule, gold)) == 1
 
 
 @pytest.mark.parametrize(

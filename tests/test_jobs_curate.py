@@ -102,10 +102,10 @@ def test_planted_leaks_and_wrong_answers_are_found(
     assert ended.value.code == 3, capsys.readouterr().err  # an image that is none
     card = json.loads((folder / "card.json").read_text())
     assert (card["images_kept"], card["questions_kept"], card["questions"]) == (2, 2, 6)
-    assert card["left_out"] == {
+    assert card["images"] == 4, "the fifth is no image"
+    assert card["images_left_out"] == {"duplicate_image": 1, "near_duplicate_image": 1}
+    assert card["questions_left_out"] == {
         "malformed_answer": 4,
-        "duplicate_image": 1,
-        "near_duplicate_image": 1,
         "answered_without_image": 2,
         "image_does_not_answer": 2,
     }

@@ -6,7 +6,7 @@ import base64
 import binascii
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pandas as pd
 from caprl_async.benchmarks.items import BadGold, Item
 from caprl_async.benchmarks.records import Record
 from caprl_async.benchmarks.scorers import check
-from caprl_async.benchmarks.table import BENCHMARKS, Benchmark, prompted
+from caprl_async.benchmarks.table import BENCHMARKS, IDS, Benchmark, prompted
 from caprl_async.data.caprl_qa import image_source
 from caprl_async.data.images import BadImage, ImageStore
 from caprl_async.data.parquet import parquet_records
@@ -26,7 +26,6 @@ from caprl_async.types import ImageRef
 _SUFFIXES = (".tsv", ".parquet", ".json")
 _CHUNK = 256  # rows of a TSV file in memory
 _REFERENCE = 64  # characters; a shorter image cell of a TSV file names the row that has the image
-_IDS = ("index", "id", "question_id", "questionId", "pid", "sample_index", "key", "ID")
 
 
 @dataclass(frozen=True)
@@ -50,20 +49,44 @@ def load_items(name: str, path: Path, store: ImageStore) -> Benchmarked:
     rejects: list[Reject] = []
     for file in _files(path):
         for found in _rows(file, store, benchmark):
-            if isinstance(found, Reject):
-                rejects.append(found)
-                continue
-            for item in _built(benchmark, found, file):
-                if isinstance(item, Item) and item.item_id in items:
-                    item = Reject(item.item_id, None, "duplicate_id")
-                if isinstance(item, Reject):
-                    rejects.append(item)
+            every = [found] if isinstance(found, Reject) else _built(benchmark, found, file)
+            for item in every:
+                if isinstance(item, Item):
+                    _take_in(item, items, rejects)
                 else:
-                    items[item.item_id] = item
+                    rejects.append(item)
+    _without_broken_circles(items, rejects, benchmark)
     if not items:
         why = "; ".join(f"{reject.row_id}: {reject.reason} {reject.detail}" for reject in rejects[:3])
         raise DataError(f"{path}: no row that {benchmark.title} could ask ({why or 'the file is empty'})")
     return Benchmarked(tuple(items.values()), tuple(rejects))
+
+
+def limited(items: Sequence[Item], limit: int) -> list[Item]:
+    """The first so many items (0: all), and what else belongs to their circles."""
+    chosen = items[: limit or None]
+    begun = {item.circle for item in chosen if item.circle}
+    return [*chosen, *(item for item in items[len(chosen) :] if item.circle in begun)]
+
+
+def _take_in(item: Item, items: dict[str, Item], rejects: list[Reject]) -> None:
+    """Ids that come again, as those of an image with several questions, are counted on: `7`, `7#2`, ..."""
+    named, number = item, 1
+    while named.item_id in items:
+        if items[named.item_id] == named:
+            rejects.append(Reject(item.item_id, None, "duplicate"))
+            return
+        number += 1
+        named = replace(item, item_id=f"{item.item_id}#{number}")
+    items[named.item_id] = named
+
+
+def _without_broken_circles(items: dict[str, Item], rejects: list[Reject], benchmark: Benchmark) -> None:
+    """A circle that lacks a member would be too easy."""
+    broken = {benchmark.circle(reject.row_id) for reject in rejects}
+    for item in [item for item in items.values() if item.circle and item.circle in broken]:
+        del items[item.item_id]
+        rejects.append(Reject(item.item_id, None, "incomplete_circle"))
 
 
 def _files(path: Path) -> list[Path]:
@@ -81,10 +104,10 @@ def _files(path: Path) -> list[Path]:
 
 def _rows(file: Path, store: ImageStore, benchmark: Benchmark) -> Iterator[Record | Reject]:
     if file.suffix == ".tsv":
-        return _tsv_rows(file, store)
+        return _tsv_rows(file, store, benchmark)
     if file.suffix == ".json":
-        return _with_images(file, _json_records(file), store, ("image",))
-    return _with_images(file, parquet_records(file), store, benchmark.images)
+        return _with_images(file, _json_records(file), store, ("image",), IDS)
+    return _with_images(file, parquet_records(file), store, benchmark.images, benchmark.ids)
 
 
 def _built(benchmark: Benchmark, record: Record, file: Path) -> Iterator[Item | Reject]:
@@ -117,13 +140,17 @@ def _json_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _with_images(
-    path: Path, rows: Iterable[tuple[int, Mapping[str, Any]]], store: ImageStore, columns: Sequence[str]
+    path: Path,
+    rows: Iterable[tuple[int, Mapping[str, Any]]],
+    store: ImageStore,
+    columns: Sequence[str],
+    ids: Sequence[str],
 ) -> Iterator[Record | Reject]:
     """The rows with the images of these columns, each one image or a list of them."""
     for number, values in rows:
         name = place(path, number)
         try:
-            name = _id(values, name)
+            name = _id(values, name, ids)
             images = [
                 store.put(image_source(image, path.parent))
                 for column in columns
@@ -143,12 +170,12 @@ def _several(cell: Any) -> list[Any]:
 # ---------------------------------------------------------------- VLMEvalKit TSV
 
 
-def _tsv_rows(path: Path, store: ImageStore) -> Iterator[Record | Reject]:
+def _tsv_rows(path: Path, store: ImageStore, benchmark: Benchmark) -> Iterator[Record | Reject]:
     images = _TsvImages(path, store)
     for number, values in enumerate(_cells(path, images.others), 1):
         name = place(path, number)
         try:
-            name = _id(values, name)
+            name = _id(values, name, (*benchmark.ids, "index"))
             yield _record(name, images.of(number), values)
         except BadRow as bad:
             yield Reject(name, None, bad.reason, bad.detail)
@@ -239,8 +266,8 @@ def _cells(path: Path, columns: list[str] | None = None, rows: int | None = None
 # ---------------------------------------------------------------- both
 
 
-def _id(values: Mapping[str, Any], otherwise: str) -> str:
-    found = next((values[name] for name in _IDS if values.get(name) not in (None, "")), None)
+def _id(values: Mapping[str, Any], otherwise: str, ids: Sequence[str]) -> str:
+    found = next((values[name] for name in ids if values.get(name) not in (None, "")), None)
     return id_of(found, otherwise)
 
 

@@ -14,9 +14,14 @@ _BOX = re.compile(r"\\boxed\s*\{")
 _WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{([^{}]*)\}")
 _LEAD = re.compile(r"(?:final\s+|correct\s+)?answer\s*(?:is|:)\s*:?", re.IGNORECASE)
 _LETTER = re.compile(r"[\s(\[*]*([A-Z])(?:[\s)\].:*]*|[)\].:]\**\s*(?P<rest>.+))", re.DOTALL)
+_REASONED = re.compile(r"[\s(\[*]*([A-Z])[)\].:]*\**[ \t]*(?:[,;\n]|(?:because|as|since)\b).*", re.DOTALL)
 _NAMED = re.compile(r"(?:option|choice)\s+[(\[]?([A-Z])\b[)\].]?", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|\.)?(?:[eE][-+]?\d+)?")
-_IN_TEXT = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\w])")
+_IN_TEXT = re.compile(  # possessive: a number is never cut short, as 3 of "3.5cm" would be
+    r"(?<![\w.])[-+]?(?:(?:\d{1,3}(?:,\d{3})++|\d++)(?:\.\d++)?|\.\d++)(?:[eE][-+]?\d++)?"
+    r"(?!\.?\d|(?:st|nd|rd|th)\b)"
+)
+_ESCAPED = re.compile(r"\\([$%&_#])")
 
 
 def final_answer(text: str) -> str:
@@ -26,13 +31,13 @@ def final_answer(text: str) -> str:
     """
     boxes = [_closed(text, match.end()) for match in _BOX.finditer(text)]
     if boxes:
-        return _bare(boxes[-1] or "")
+        return _bare(boxes[-1] or "")  # what stands in a box is meant as it is, its full stop too
     leads = list(_LEAD.finditer(text))
     if leads:
         after = text[leads[-1].end() :].strip().partition("\n")[0]
         if after:
-            return _bare(after)
-    return _bare(text)
+            return _bare(_unstopped(after))
+    return _bare(_unstopped(text))
 
 
 def read_choice(answer: str, options: Sequence[str]) -> int | None:
@@ -43,14 +48,18 @@ def read_choice(answer: str, options: Sequence[str]) -> int | None:
     plain = [plain_option(option) for option in options]
     said = plain_option(answer)
     by_text = plain.index(said) if said and plain.count(said) == 1 else None
-    match = _LETTER.fullmatch(answer.strip()) or _NAMED.fullmatch(answer.strip().strip("."))
+    bare = answer.strip()
+    letter = bare.upper() if len(bare) == 1 else bare
+    match = _LETTER.fullmatch(letter) or _NAMED.fullmatch(bare.strip("."))
+    if match is None and by_text is None:
+        match = _REASONED.fullmatch(bare)
     if match is None:
         return by_text
     index = ord(match[1].upper()) - ord("A")
     if index >= len(options):
         return by_text
     rest = plain_option(match.groupdict().get("rest") or "")
-    if rest and rest in plain and plain.index(rest) != index:
+    if rest and rest in plain and plain[index] != rest:
         return None
     return index
 
@@ -65,7 +74,7 @@ def number(text: str) -> float | None:
 
 
 def numbers_in(text: str) -> list[float]:
-    """Every number that stands by itself in a text, in order; "$120", "120 mA" and "-3.5%" hold one each."""
+    """Every number that stands by itself in a text, in order; "$120", "3.5cm" and "-3.5%" hold one each."""
     return [float(match.replace(",", "")) for match in _IN_TEXT.findall(text)]
 
 
@@ -95,9 +104,17 @@ def _closed(text: str, begin: int) -> str | None:
     return None
 
 
+def _unstopped(text: str) -> str:
+    """A sentence without the full stop at its end."""
+    text = text.strip().rstrip("*` ")
+    return text.removesuffix(".") if not text.endswith("..") else text
+
+
 def _bare(text: str) -> str:
-    r"""Without what only sets an answer off: `\text{}`, dollars, stars, a full stop at its end."""
+    r"""Without what only sets an answer off: `\text{}`, a pair of dollars, stars, LaTeX's escapes."""
     while (inner := _WRAPPED.sub(r"\1", text)) != text:
         text = inner
-    text = text.strip().strip("*$` \t\n")
-    return text.removesuffix(".").strip() if not text.endswith("..") else text
+    text = text.strip().strip("*` \t\n")
+    while len(text) > 2 and text[0] == text[-1] == "$":
+        text = text[1:-1].strip()
+    return _ESCAPED.sub(r"\1", text.replace("{,}", ","))

@@ -66,14 +66,14 @@ class Record:
         return self.text(*names) if self.maybe(*names) is not None else ""
 
     def texts(self, *names: str) -> tuple[str, ...]:
-        """A list, or one written as text; a single value is a list of one.
+        """A list, or one written as text in square brackets; any other value is a list of one.
 
         Raises:
             BadRow: none of the columns has a value, or the list holds other things than texts and numbers.
         """
         value = self.value(*names)
-        if isinstance(value, str) and value.strip().startswith(("[", "(")):
-            value = literal(value)
+        if isinstance(value, str) and value.strip().startswith("[") and value.strip().endswith("]"):
+            value = _literal_or_text(value)
         parts = list(value) if isinstance(value, list | tuple) else [value]
         if not all(isinstance(part, str | int | float) and not isinstance(part, bool) for part in parts):
             raise BadRow("malformed_list", f"{names[0]}: {shown(value)}")
@@ -87,6 +87,13 @@ class Record:
                 break
             found.append(self.text(f"{prefix}{letter}", f"{prefix}{letter.lower()}"))
         return tuple(found)
+
+
+def _literal_or_text(text: str) -> Any:
+    try:
+        return literal(text)
+    except BadRow:
+        return text  # brackets that are no list, as those of an interval
 
 
 def unlettered(options: Sequence[str]) -> tuple[str, ...]:

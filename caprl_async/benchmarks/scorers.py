@@ -105,10 +105,11 @@ def chart_pro(answer: str, item: Item) -> float:
 def _part(said: str, gold: str, whole: bool) -> float:
     if whole:
         return float(_plain(said) == _plain(gold))
-    numbers = number(said.strip(" %")), number(gold.strip(" %"))
+    said, gold = (text.strip(" %") or text for text in (said, gold))
+    numbers = number(said), number(gold)
     if numbers[0] is not None and numbers[1] is not None:
         return float(_near(numbers[0], numbers[1]))
-    return _similar(said.strip(" %"), gold.strip(" %"))
+    return _similar(said, gold)
 
 
 def open_ended(answer: str, item: Item) -> float:
@@ -160,7 +161,9 @@ _SCORERS: dict[Rule, Scorer] = {
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.casefold().split()).strip(" .,;:!?\"'`")
+    """Without case, white space and outer punctuation; a text that is nothing else stays what it is."""
+    words = " ".join(text.casefold().split())
+    return words.strip(" .,;:!?\"'`") or words
 
 
 def _with_percent(text: str) -> float | None:
@@ -176,6 +179,9 @@ def _near(said: float, gold: float) -> bool:
 
 def _similar(said: str, gold: str) -> float:
     one, other = (" ".join(text.casefold().split()) for text in (said, gold))
+    if not one:
+        return 0.0
+    one, other = (text.removesuffix(".") or text for text in (one, other))
     similarity = Levenshtein.normalized_similarity(one, other)
     return similarity if similarity >= ANLS_LEAST else 0.0
 

@@ -8,7 +8,7 @@ is, the conf says; it is never guessed from a path.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,12 @@ from caprl_async.benchmarks.reading import listed
 from caprl_async.benchmarks.records import MissingColumn, Record, inline_options, unlettered
 from caprl_async.data.rows import BadRow
 
+_ALTERNATIVES = (Rule.EXACT, Rule.RELAXED, Rule.ANLS, Rule.CHART_PRO, Rule.OPEN)
+"""Rules whose gold answer may be a list: of alternatives, or CHART_PRO's of parts."""
+
 Build = Callable[[Record], Iterator[Item]]
+
+IDS = ("index", "id", "question_id", "questionId", "pid", "sample_index", "key", "ID")
 
 _LETTER = re.compile(r"\s*\(?([A-Z])\)?[.:]?\s*")
 _PLACED = re.compile(r"<image\s*\d*>")
@@ -32,6 +37,8 @@ class Benchmark:
     images: tuple[str, ...] = ("image",)  # columns that may hold them, in order
     macro: bool = False  # the mean over categories of their means, not over items
     prompted: Rule = Rule.EXACT  # of questions without options in Prism's form, which has no other columns
+    ids: tuple[str, ...] = IDS  # columns that may hold a row's id, in order; none: its place in the file
+    circle: Callable[[str], str] = str  # an id -> the circle it is part of: rows right only together
 
 
 # ---------------------------------------------------------------- what many have
@@ -60,11 +67,42 @@ def _letter(record: Record, options: tuple[str, ...], *names: str) -> str:
         BadRow: it is none of these.
     """
     answer = record.text(*names)
+    letter = _lettered(answer, options)
+    if letter is None:
+        raise BadRow("gold_not_an_option", f"{answer!r}, options {options}"[:300])
+    return letter
+
+
+def _lettered(answer: str, options: Sequence[str]) -> str | None:
+    """A capital is a letter; so is a small one that is no option's text."""
     if match := _LETTER.fullmatch(answer):
         return match[1]
     if answer in options:
         return chr(ord("A") + options.index(answer))
-    raise BadRow("gold_not_an_option", f"{answer!r}, options {options}"[:300])
+    match = _LETTER.fullmatch(answer.upper())
+    return match[1] if match else None
+
+
+def _choice_or(record: Record, question: str, rule: Rule) -> Iterator[Item]:
+    """A choice where a row has options. Those at a question's end count if the answer is one of them: what
+    looks like options may be a part of the question.
+
+    Raises:
+        BadRow: the answer is none of the options in the row's columns.
+    """
+    options = _options(record)
+    if options:
+        yield _choice(record, question, options)
+        return
+    stem, options = inline_options(question)
+    if options and _lettered(str(record.value("answer")), options):
+        yield _choice(record, stem, options)
+    elif rule is Rule.CHOICE:
+        raise BadRow("no_choices", f"no options A, B, ... at the end of {question[-100:]!r}")
+    elif rule in _ALTERNATIVES:
+        yield _item(record, question, record.texts("answer"), rule)
+    else:
+        yield _item(record, question, (record.text("answer"),), rule)
 
 
 def _choice(record: Record, question: str, options: tuple[str, ...], circle: str = "") -> Item:
@@ -202,13 +240,7 @@ def _visulogic(record: Record) -> Iterator[Item]:
 
 def _realworldqa(record: Record) -> Iterator[Item]:
     """Options where there are some, else a short answer."""
-    question, options = record.text("question"), _options(record)
-    if not options:
-        question, options = inline_options(question)
-    if options and _LETTER.fullmatch(record.text("answer")):
-        yield _choice(record, question, options)
-    else:
-        yield _item(record, record.text("question"), (record.text("answer"),), Rule.EXACT)
+    yield from _choice_or(record, record.text("question"), Rule.EXACT)
 
 
 def _gqa(record: Record) -> Iterator[Item]:
@@ -217,9 +249,11 @@ def _gqa(record: Record) -> Iterator[Item]:
 
 def _mmbench(record: Record) -> Iterator[Item]:
     """Rows whose indices differ by a multiple of 1e6 are one question with its options turned round."""
-    index = record.text("index")
-    circle = str(int(index) % 1_000_000) if index.isdigit() else index
-    yield _choice(record, record.text("question"), _options(record), circle)
+    yield _choice(record, record.text("question"), _options(record), _circle(record.item_id))
+
+
+def _circle(index: str) -> str:
+    return str(int(index) % 1_000_000) if index.isdigit() else index
 
 
 def prompted(record: Record, rule: Rule) -> Iterator[Item]:
@@ -228,14 +262,7 @@ def prompted(record: Record, rule: Rule) -> Iterator[Item]:
     Raises:
         BadRow: the benchmark's questions have options, and none are found in the prompt.
     """
-    text, golds = record.text("prompt", "question"), record.texts("answer")
-    question, options = inline_options(text)
-    if options and all(_LETTER.fullmatch(gold) for gold in golds):
-        yield _choice(record, question, options)
-    elif rule is Rule.CHOICE:
-        raise BadRow("no_choices", f"no options A, B, ... at the end of {text[-100:]!r}")
-    else:
-        yield _item(record, text, golds, rule)
+    yield from _choice_or(record, record.text("prompt", "question"), rule)
 
 
 def _mmvet(record: Record) -> Iterator[Item]:
@@ -260,12 +287,12 @@ BENCHMARKS: dict[str, Benchmark] = {
     "mathvista": Benchmark("MathVista", _mathvista, ("decoded_image", "image"), prompted=Rule.MATH),
     "mathverse": Benchmark("MathVerse", _mathverse, prompted=Rule.MATH),
     "mathvision": Benchmark("MathVision", _mathvision, ("decoded_image", "image"), prompted=Rule.MATH),
-    "wemath": Benchmark("We-Math", _wemath, ("image", "image_path"), prompted=Rule.CHOICE),
+    "wemath": Benchmark("We-Math", _wemath, ("image", "image_path"), prompted=Rule.CHOICE, ids=()),
     "visulogic": Benchmark("VisuLogic", _visulogic, ("image", "image_path")),
     "custom": Benchmark("own questions", _realworldqa),
     "realworldqa": Benchmark("RealWorldQA", _realworldqa),
     "gqa": Benchmark("GQA", _gqa, ("image", "imageId")),
-    "mmbench": Benchmark("MMBench", _mmbench, prompted=Rule.CHOICE),
+    "mmbench": Benchmark("MMBench", _mmbench, prompted=Rule.CHOICE, circle=_circle),
     "mmvet": Benchmark("MM-Vet", _mmvet, prompted=Rule.GRADED),
     "mme_realworld": Benchmark("MME-RealWorld", _letters, macro=True, prompted=Rule.CHOICE),
 }

@@ -43,15 +43,16 @@ class Card:
     questions: int = 0  # that could be asked
     images_kept: int = 0
     questions_kept: int = 0
-    left_out: Counter[str] = field(default_factory=Counter)  # by reason
+    images_left_out: Counter[str] = field(default_factory=Counter)  # by reason
+    questions_left_out: Counter[str] = field(default_factory=Counter)
     accuracies: list[Accuracy] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
 
 
 def write_card(card: Card, folder: Path) -> None:
     """Writes `card.json` and `card.html` into the folder."""
-    names = ("about", "images", "questions", "images_kept", "questions_kept", "left_out")
-    write_json(folder / "card.json", {name: getattr(card, name) for name in names})
+    told = {name: value for name, value in vars(card).items() if name not in ("accuracies", "examples")}
+    write_json(folder / "card.json", told)
     page = template(_TEMPLATE).render(
         card=card,
         plots=[(title, Markup(_histogram(values))) for title, values in _measured(card.accuracies)],

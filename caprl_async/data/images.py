@@ -92,8 +92,13 @@ def media_type(data: bytes) -> str:
     Raises:
         BadImage: it is none that is read.
     """
-    with open_checked(io.BytesIO(data)) as image:
-        return Image.MIME[image.format or ""]
+    try:
+        with open_checked(io.BytesIO(data)) as image:
+            return Image.MIME[image.format or ""]
+    except BadImage:
+        raise
+    except Exception as error:  # of any kind, as PIL's are at a broken header
+        raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
 def open_checked(source: str | Path | IO[bytes]) -> Image.Image:

@@ -32,14 +32,23 @@ from caprl_async.data.rows import Reject, append_rejects
 from caprl_async.jobs.annotate import SOME_FAILED
 from caprl_async.ring.errors import RingFailed
 from caprl_async.stream import on_ray
-from caprl_async.stream.judging import JUDGED, JudgeStage, judged_row, questions_of, questions_text
+from caprl_async.stream.judging import (
+    JUDGED,
+    about_judge,
+    judged_as,
+    judged_row,
+    judging,
+    questions_of,
+    questions_text,
+)
 from caprl_async.stream.pipeline import FAILURES, run_pass
 from caprl_async.stream.shards import Parquet
 from caprl_async.stream.sources import image_of, open_images, table_of
-from caprl_async.stream.stage import Row, asking, explained, on_actors
+from caprl_async.stream.stage import Row, asking, explained
+from caprl_async.stream.texts import asked_as
 from caprl_async.types import ImageRef, Question
 from caprl_async.writer.types import Ask, Text
-from caprl_async.writer.writer import model_name
+from caprl_async.writer.writer import about_writer, model_name
 
 QUESTIONS = "questions"
 REJECTS = "rejects.jsonl"
@@ -139,6 +148,7 @@ class _Curation:
         self._has_checker = bool(config.checker.model or config.checker.endpoint.url)
         self._has_judge = bool(config.judge.model or config.judge.endpoint.url)
         self.failed = 0
+        self._came = 0  # images that there were
 
     def whole(self) -> None:
         """Everything."""
@@ -151,7 +161,8 @@ class _Curation:
         failed = f", {self.failed} images could not be asked about" if self.failed else ""
         self._console.print(f"{told}{failed}: {self._folder / QUESTIONS}", markup=False, soft_wrap=True)
         if not card.questions_kept:
-            why = ", ".join(f"{number} {reason}" for reason, number in card.left_out.most_common(5))
+            left = card.questions_left_out + card.images_left_out
+            why = ", ".join(f"{number} {reason}" for reason, number in left.most_common(5))
             raise RingFailed(f"no question is kept: {why}")
 
     # ------------------------------------------------------------ questions
@@ -160,9 +171,12 @@ class _Curation:
         config = self._config
         if config.curate.questions_from:
             rows = load_rows(config.curate.questions_from, config.judge.prompt.abstain)
+            self._came = len(rows) + len({one.row_id for one in rows.rejects if one.question is None})
             every = given(rows, ImageStore(self._images))
         else:
-            every = written(self._written(), config.judge.prompt.abstain)
+            texts = list(self._written())
+            self._came = len(texts)
+            every = written(iter(texts), config.judge.prompt.abstain)
         candidates: list[Candidate] = []
         rejects: list[Reject] = []
         for one in distinct(every, config.curate.near, self._excluded()):
@@ -177,7 +191,9 @@ class _Curation:
         text = (curate.prompt or FORM).replace("{n}", str(curate.questions))
         images = open_images(config.data.images)
         shards = self._shards(
-            _WRITTEN, {"questioner": model_name(config.questioner), "prompt": text}, WRITTEN
+            _WRITTEN,
+            {**about_writer(config.questioner), "prompt": text, "source": config.data.images},
+            WRITTEN,
         )
         stage = asking(
             config.questioner, "questioner", config.seed, Writing(text, str(self._images)), WRITTEN
@@ -193,8 +209,9 @@ class _Curation:
 
     # ------------------------------------------------------------ answers
 
-    def _accuracies(self, candidates: Sequence[Candidate]) -> dict[str, list[Accuracy]]:
-        """row id -> of each question; rows that could not be asked are not in it."""
+    def _accuracies(self, candidates: Sequence[Candidate]) -> dict[str, list[Accuracy | None]]:
+        """row id -> of each question; None: the judge gave no score. Rows that could not be asked are not in
+        it."""
         checked = self._checked(candidates) if self._has_checker else {}
         judged = self._judged(candidates) if self._has_judge else {}
         found: dict[str, list[Accuracy]] = {}
@@ -205,45 +222,52 @@ class _Curation:
             without = seen["without_image"] if seen else (told or [[]])[-1]
             with_caption = told[0] if told and one.caption else [None] * len(one.questions)
             with_image = seen["with_image"] if seen else [None] * len(one.questions)
+            asked_so = bool(told and one.caption)
             found[one.row_id] = [
-                Accuracy(*each) for each in zip(with_image, without, with_caption, strict=True)
+                _accuracy(*each, asked_so) for each in zip(with_image, without, with_caption, strict=True)
             ]
         return found
 
     def _checked(self, candidates: Sequence[Candidate]) -> dict[str, Mapping[str, Any]]:
         config = self._config
-        about = {"checker": model_name(config.checker), "permutations": config.curate.permutations}
+        about = {**about_writer(config.checker), "permutations": config.curate.permutations}
         shards = self._shards(_CHECKED, about, CHECKED)
-        rows = table_of([_asked_row(one) for one in candidates])
+        rows = [_asked_row(one) for one in candidates]
+        names = {row["id"]: one.row_id for row, one in zip(rows, candidates, strict=True)}
         work = Checking(config.curate.permutations)
         stage = asking(config.checker, "checker", config.seed, work, CHECKED)
-        self._pass(rows, len(candidates), stage, shards, "images checked")
-        return {row["id"]: row for row in shards.read()}
+        self._pass(table_of(rows), len(rows), stage, shards, "images checked")
+        return {names[row["id"]]: row for row in shards.read() if row["id"] in names}
 
     def _judged(self, candidates: Sequence[Candidate]) -> dict[str, list[list[float | None]]]:
         """Scores [caption][question]; the last caption is empty."""
         judge = dataclasses.replace(self._config.judge, permutations=self._config.curate.permutations)
-        about = {"judge": judge.endpoint.url or judge.model, "mode": judge.mode.value}
-        shards = self._shards(_JUDGED, about, JUDGED)
-        rows = table_of(
-            [judged_row(one.row_id, [*filter(None, [one.caption]), ""], one.questions) for one in candidates]
-        )
-        gpus = self._config.ring.gpus_per_judge
-
-        def stage(rows: Any) -> Any:
-            return on_actors(rows, JudgeStage, (judge, self._config.seed), 16, judge.num_actors, gpus)
-
-        self._pass(rows, len(candidates), stage, shards, "images judged")
-        return {row["id"]: row["scores"] for row in shards.read()}
+        shards = self._shards(_JUDGED, about_judge(judge), JUDGED)
+        rows = [
+            judged_as(judged_row(one.row_id, [*filter(None, [one.caption]), ""], one.questions))
+            for one in candidates
+        ]
+        names = {row["id"]: one.row_id for row, one in zip(rows, candidates, strict=True)}
+        stage = judging(judge, self._config.seed, self._config.ring.gpus_per_judge)
+        self._pass(table_of(rows), len(rows), stage, shards, "images judged")
+        return {names[row["id"]]: row["scores"] for row in shards.read() if row["id"] in names}
 
     # ------------------------------------------------------------ the result
 
     def _keep(
-        self, candidates: Sequence[Candidate], rejects: Sequence[Reject], found: Mapping[str, list[Accuracy]]
+        self,
+        candidates: Sequence[Candidate],
+        rejects: Sequence[Reject],
+        found: Mapping[str, list[Accuracy | None]],
     ) -> Card:
         config, folder = self._config, self._folder / QUESTIONS
         shutil.rmtree(folder, ignore_errors=True)  # made anew from what the passes have left
-        card = Card(self._about(), images=len(candidates), left_out=Counter(one.reason for one in rejects))
+        card = Card(
+            self._about(),
+            images=self._came,
+            images_left_out=Counter(one.reason for one in rejects if one.question is None),
+            questions_left_out=Counter(one.reason for one in rejects if one.question is not None),
+        )
         shards = Parquet(folder, QUESTIONS, config.curate.rows_per_file, card.about, CURATED)
         out = list(rejects)
         for one in candidates:
@@ -251,13 +275,13 @@ class _Curation:
             card.questions += len(one.questions)
             if accuracies is None:
                 out.append(Reject(one.row_id, None, "not_asked", "see failures.jsonl"))
-                card.left_out["not_asked"] += len(one.questions)
+                card.questions_left_out["not_asked"] += len(one.questions)
                 continue
-            card.accuracies += accuracies
+            card.accuracies += filter(None, accuracies)
             kept = []
             for question, accuracy in zip(one.questions, accuracies, strict=True):
-                if reason := refusal(accuracy, config.curate):
-                    card.left_out[reason] += 1
+                if reason := refusal(accuracy, config.curate) if accuracy else "not_scored":
+                    card.questions_left_out[reason] += 1
                     position = int(question.question_id.rpartition("/")[2])  # in its row
                     out.append(Reject(one.row_id, position, reason, f"{question.stem} {accuracy}"))
                 else:
@@ -301,9 +325,24 @@ class _Curation:
         self.failed += run_pass(rows, total, stage, shards, failures, self._console, what=what).failed
 
 
+def _accuracy(
+    with_image: float | None, without: float | None, with_caption: float | None, captioned: bool
+) -> Accuracy | None:
+    """None where the judge, which was asked, gave no score."""
+    if without is None or (captioned and with_caption is None):
+        return None
+    return Accuracy(with_image, without, with_caption)
+
+
 def _asked_row(one: Candidate) -> Row:
-    image = {"sha256": one.image.sha256, "path": one.image.path}
-    return {"id": one.row_id, "problem": None, **image, "questions": questions_text(one.questions)}
+    asked = questions_text(one.questions)
+    return {
+        "id": asked_as(one.row_id, one.image.sha256, asked),
+        "problem": None,
+        "sha256": one.image.sha256,
+        "path": one.image.path,
+        "questions": asked,
+    }
 
 
 def _hashed(row: Row) -> Row:

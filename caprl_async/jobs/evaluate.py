@@ -94,7 +94,7 @@ class _Prism:
         captions = self._passes.captions(self._items)
         missing: list[str] = []
         if self._judged:
-            told: Examined = by_judge.ask(self._rows, captions, config, self._passes, missing)
+            told: Examined = by_judge.ask(self._rows, captions, self._passes, missing)
         else:
             told = by_answerer.ask(self._items, captions, config, self._passes, missing)
         if missing:

@@ -26,8 +26,7 @@ def ask(
     prompts = {item.item_id: _prompts(item, captions, config) for item in items}
     missing += [item_id for item_id, texts in prompts.items() if not texts]
     asked = {item_id: texts for item_id, texts in prompts.items() if texts}
-    about = {"template": prism.template, "blind": prism.blind, "abstain": prism.abstain}
-    answers = passes.answers(ANSWERS, "questions", config.answerer, "answerer", about, asked)
+    answers = passes.answers(ANSWERS, "questions", config.answerer, "answerer", asked)
     scores = _scores([item for item in items if item.item_id in answers], answers, config, passes)
     return {
         item.item_id: _told(item, answers[item.item_id], scores.get(item.item_id), prism.blind)
@@ -61,7 +60,7 @@ def _scores(
         if item.rule is Rule.GRADED
     }
     if graded:
-        grades = passes.answers(GRADES, "answers to grade", config.grader, "grader", {}, graded)
+        grades = passes.answers(GRADES, "answers to grade", config.grader, "grader", graded)
         found |= {item_id: list(map(read_grade, texts)) for item_id, texts in grades.items()}
     return found
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from caprl_async.benchmarks.items import Item, Rule
-from caprl_async.config import Config
 from caprl_async.data.images import BadImage, ImageStore
 from caprl_async.data.load import load_rows
 from caprl_async.data.rows import DataError, Reject
@@ -68,9 +67,7 @@ def load_asked(path: Path, store: ImageStore, abstain: str, limit: int) -> tuple
     return found, rejects
 
 
-def ask(
-    rows: Sequence[Asked], captions: Captions, config: Config, passes: Passes, missing: list[str]
-) -> dict[str, Told]:
+def ask(rows: Sequence[Asked], captions: Captions, passes: Passes, missing: list[str]) -> dict[str, Told]:
     """Has `judge` answer from each caption, from the reference caption and from none; ids of items whose
     image has no caption are added to `missing`."""
     own = {row.row_id: captions.get(row.image.sha256) or captions.get(row.row_id) or () for row in rows}
@@ -81,14 +78,7 @@ def ask(
             missing += [f"{row.row_id}/{position}" for position in range(len(row.questions))]
             continue
         asked.append(judged_row(row.row_id, [*texts, *filter(None, [row.reference]), ""], row.questions))
-    judge = config.judge
-    about = {
-        "judge": judge.endpoint.url or judge.model,
-        "mode": judge.mode.value,
-        "permutations": judge.permutations,
-        "temperature": judge.temperature,
-    }
-    verdicts = passes.verdicts(asked, about)
+    verdicts = passes.verdicts(asked)
     return {
         f"{row.row_id}/{position}": _told(verdicts[row.row_id], position, len(own[row.row_id]))
         for row in rows

@@ -14,18 +14,17 @@ from caprl_async.config import Config, WriterConfig
 from caprl_async.prism.captions import Caption, Captions
 from caprl_async.stream.captioning import CAPTIONS, Captioned, about_captions
 from caprl_async.stream.captions import read_captions
-from caprl_async.stream.judging import JUDGED, JudgeStage
+from caprl_async.stream.judging import JUDGED, about_judge, judged_as, judging
 from caprl_async.stream.pipeline import FAILURES, run_pass
 from caprl_async.stream.shards import CAPTIONED, Parquet
 from caprl_async.stream.sources import listed, table_of
-from caprl_async.stream.stage import Row, asking, explained, on_actors
-from caprl_async.stream.texts import ANSWERED, Texts, rows_of
+from caprl_async.stream.stage import Row, asking, explained
+from caprl_async.stream.texts import ANSWERED, Texts, asked_as, rows_of
 from caprl_async.types import Finish
-from caprl_async.writer.writer import model_name
+from caprl_async.writer.writer import about_writer
 
 VERDICTS = "verdicts"
 _ROWS = 2000  # of an output file
-_JUDGE_ROWS = 16  # of a batch for a judge, each with all captions and questions of an image
 
 
 class Passes:
@@ -56,31 +55,29 @@ class Passes:
         return {row["sha256"]: _captions(row) for row in shards.read()}
 
     def answers(
-        self, name: str, what: str, model: WriterConfig, key: str, about: Mapping[str, Any],
-        prompts: Mapping[str, Sequence[str]],
+        self, name: str, what: str, model: WriterConfig, key: str, prompts: Mapping[str, Sequence[str]]
     ) -> dict[str, Sequence[str]]:  # fmt: skip
         """id -> what the model wrote to each of its prompts; ids that it did not answer are not in it."""
         if not prompts:
             return {}
-        texts = Texts(self._config.seed)
-        shards = self._shards(name, {**about_writer(model), **about}, ANSWERED)
-        stage = asking(model, key, self._config.seed, texts, ANSWERED)
-        self._run(rows_of(prompts), len(prompts), stage, shards, what)
-        return {row["id"]: row["answers"] for row in shards.read()}
+        names = {asked_as(item_id, list(texts)): item_id for item_id, texts in prompts.items()}
+        shards = self._shards(name, about_writer(model), ANSWERED)
+        stage = asking(model, key, self._config.seed, Texts(self._config.seed), ANSWERED)
+        rows = rows_of({name: prompts[item_id] for name, item_id in names.items()})
+        self._run(rows, len(names), stage, shards, what)
+        return {names[row["id"]]: row["answers"] for row in shards.read() if row["id"] in names}
 
-    def verdicts(self, rows: Sequence[Row], about: Mapping[str, Any]) -> dict[str, Row]:
+    def verdicts(self, rows: Sequence[Row]) -> dict[str, Row]:
         """id -> its row of JUDGED, of rows made by `judged_row`."""
         if not rows:
             return {}
         judge = self._config.judge
-        shards = self._shards(VERDICTS, about, JUDGED)
-        made, gpus = (judge, self._config.seed), self._config.ring.gpus_per_judge
-
-        def stage(asked: Any) -> Any:
-            return on_actors(asked, JudgeStage, made, _JUDGE_ROWS, judge.num_actors, gpus)
-
-        self._run(table_of(rows), len(rows), stage, shards, "images judged")
-        return {row["id"]: row for row in shards.read()}
+        shards = self._shards(VERDICTS, about_judge(judge), JUDGED)
+        asked = [judged_as(row) for row in rows]
+        names = {one["id"]: row["id"] for one, row in zip(asked, rows, strict=True)}
+        stage = judging(judge, self._config.seed, self._config.ring.gpus_per_judge)
+        self._run(table_of(asked), len(rows), stage, shards, "images judged")
+        return {names[row["id"]]: row for row in shards.read() if row["id"] in names}
 
     def _shards(self, name: str, about: Mapping[str, Any], schema: pa.Schema) -> Parquet:
         with explained():
@@ -88,15 +85,6 @@ class Passes:
 
     def _run(self, rows: Any, total: int, stage: Any, shards: Parquet, what: str) -> None:
         run_pass(rows, total, stage, shards, shards.folder / FAILURES, self._console, what=what)
-
-
-def about_writer(model: WriterConfig) -> dict[str, Any]:
-    """What the answers of a model depend on beside what it is asked."""
-    return {
-        "model": model_name(model),
-        "temperature": model.temperature,
-        "max_tokens": model.max_tokens,
-    }
 
 
 def _captions(row: Row) -> list[Caption]:

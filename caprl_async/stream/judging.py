@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import msgspec
@@ -12,7 +13,8 @@ import pyarrow as pa
 from caprl_async.config import JudgeConfig
 from caprl_async.engine.types import EngineDied
 from caprl_async.judge.judge import Judge
-from caprl_async.stream.stage import ModelAway, Row, end_process
+from caprl_async.stream.stage import ModelAway, Row, end_process, on_actors
+from caprl_async.stream.texts import asked_as
 from caprl_async.types import Outcome, Question, Verdict
 
 JUDGED = pa.schema(
@@ -26,6 +28,7 @@ JUDGED = pa.schema(
 )
 """Of a row's verdicts [caption][question]: `score`, `abstained` and `choice`; null where there is none."""
 
+_BATCH = 16  # rows, each with all captions and questions of an image
 _QUESTIONS = msgspec.json.Decoder(tuple[Question, ...])
 
 
@@ -43,6 +46,27 @@ def questions_text(questions: Sequence[Question]) -> str:
 def questions_of(row: Row) -> tuple[Question, ...]:
     """Inverse of `questions_text`, of a row's column `questions`."""
     return _QUESTIONS.decode(row["questions"])
+
+
+def about_judge(config: JudgeConfig) -> dict[str, Any]:
+    """What a judge's verdicts depend on beside captions and questions."""
+    return {
+        "judge": " ".join(filter(None, (config.endpoint.url, config.endpoint.model))) or config.model,
+        "mode": config.mode.value,
+        "permutations": config.permutations,
+        "temperature": config.temperature,
+        "prompt": asdict(config.prompt),
+    }
+
+
+def judging(config: JudgeConfig, seed: int, gpus: float) -> Callable[[Any], Any]:
+    """Makes of a ray.data.Dataset of `judged_row` the one behind a `JudgeStage`, with JUDGED's columns."""
+    return lambda rows: on_actors(rows, JudgeStage, (config, seed), _BATCH, config.num_actors, gpus)
+
+
+def judged_as(row: Row) -> Row:
+    """A row of `judged_row`, with an id by what is asked; see `asked_as`."""
+    return {**row, "id": asked_as(row["id"], row["captions"], row["questions"])}
 
 
 class JudgeStage:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,13 @@ from caprl_async.writer.types import Ask, Text
 
 ASKED = pa.schema([("id", pa.string()), ("problem", pa.string()), ("prompts", pa.list_(pa.string()))])
 ANSWERED = pa.schema([("id", pa.string()), ("problem", pa.string()), ("answers", pa.list_(pa.string()))])
+
+
+def asked_as(row_id: str, *asked: Any) -> str:
+    """The id of a row in an output: the row's own, and a digest of what is asked (JSON). So what was answered
+    before is an answer to the same question, whatever a conf, a file or a captioner has become since."""
+    told = json.dumps(asked, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return f"{row_id} {hashlib.blake2b(told, digest_size=16).hexdigest()}"
 
 
 def rows_of(prompts: Mapping[str, Sequence[str]]) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from caprl_async.config import WriterConfig
 from caprl_async.data.chat import escape_markup
-from caprl_async.data.images import media_type
+from caprl_async.data.images import BadImage, media_type
 from caprl_async.endpoint.client import Client
 from caprl_async.endpoint.protocol import Choice
 from caprl_async.endpoint.server import EndpointError, Failure, Server
@@ -63,6 +63,8 @@ class EndpointWriter(Writer):
             body = await asyncio.to_thread(self._body, ask)
         except OSError as error:
             return Unwritten(f"{error.filename}: {error.strerror}", again=False)
+        except BadImage as error:
+            return Unwritten(str(error), again=False)
         found = await self._client.complete(body)
         if isinstance(found, Failure):
             return Unwritten(found.reason, found.again)

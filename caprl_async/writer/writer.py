@@ -10,6 +10,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Any
 
 from caprl_async.config import WriterConfig
 from caprl_async.engine.types import EngineDied, EngineStats
@@ -62,6 +63,15 @@ class Writer(ABC):
 def model_name(config: WriterConfig) -> str:
     """Which model it is, for the record."""
     return config.endpoint.model or config.endpoint.url or config.model
+
+
+def about_writer(config: WriterConfig) -> dict[str, Any]:
+    """What a model's answers depend on beside what it is asked."""
+    return {
+        "model": model_name(config),
+        "temperature": config.temperature,
+        "max_tokens": config.max_tokens,
+    }
 
 
 def load_writer(config: WriterConfig, key: str, seed: int = 0) -> Writer:
