@@ -105,14 +105,20 @@ class JudgePromptConfig:
 
 @dataclass
 class EndpointConfig:
-    """A judge that is served elsewhere, over an OpenAI-compatible API (chat completions)."""
+    """A model that is served elsewhere, over an OpenAI-compatible API (chat completions)."""
 
-    url: str = key("", "base URL, as http://host:8000/v1; empty: an engine of ours holds judge.model")
+    url: str = key("", "base URL, as http://host:8000/v1; empty: an engine of ours holds the model")
     model: str = key("", "the name it is served under; empty: the only one that the server lists")
     api_key_env: str = key("", "environment variable that holds the key; empty: no key")
     timeout_s: float = key(30.0, "one request may take this long")
-    retries: int = key(3, "further tries of a request, with growing pauses; then it is judge_down")
+    retries: int = key(3, "further tries of a request, with growing pauses; then there is no answer")
     max_in_flight: int = key(32, "requests at one time, per actor")
+
+
+@dataclass
+class JudgeEndpointConfig(EndpointConfig):
+    """The same for a judge."""
+
     prefill: bool = key(
         False, "the server goes on from judge.prompt.prefill (continue_final_message: vLLM, SGLang)"
     )
@@ -132,7 +138,7 @@ class JudgeConfig:
     max_requests_in_flight_per_actor: int = key(4, "caption groups one actor holds at a time")
     cache_size: int = key(200_000, "verdicts kept by content")
     prompt: JudgePromptConfig = field(default_factory=JudgePromptConfig)
-    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    endpoint: JudgeEndpointConfig = field(default_factory=JudgeEndpointConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from judge_kit import CAPTION, question
 
-from caprl_async.config import EndpointConfig, JudgeConfig, JudgeMode
+from caprl_async.config import JudgeConfig, JudgeEndpointConfig, JudgeMode
 from caprl_async.judge.judge import Judge
 from caprl_async.types import Question, Verdict
 
@@ -219,7 +219,7 @@ def by_place(prompt: str) -> Tokens:
 
 def config_for(server: FakeServer, mode: JudgeMode = JudgeMode.expected, **values: Any) -> JudgeConfig:
     endpoint = {"timeout_s": 5.0, "retries": 0} | values.pop("endpoint", {})
-    return JudgeConfig(mode=mode, endpoint=EndpointConfig(url=server.url, **endpoint), **values)
+    return JudgeConfig(mode=mode, endpoint=JudgeEndpointConfig(url=server.url, **endpoint), **values)
 
 
 def ask(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,8 @@ from endpoint_kit import FakeServer, Tokens, serving
 
 from caprl_async.data.rows import DataError
 from caprl_async.run import main
-from caprl_async.stream.captions import read_captions
+from caprl_async.stream.captions import Caption, read_captions
+from caprl_async.stream.shards import WebDataset
 
 CONF = "conf=conf/evaluate.yaml"
 
@@ -92,6 +94,17 @@ def test_questions_are_answered_from_captions_alone(
     assert len(answering.bodies) == 3 * (2 + 1)
     assert json.loads((folder / "result.json").read_text()) == result
 
+    theirs = tmp_path / "captions.jsonl"
+    refs = [json.loads(line) for line in (folder / "images.jsonl").read_text().splitlines()]
+    theirs.write_text(
+        "".join(json.dumps({"sha256": ref["sha256"], "caption": "bars"}) + "\n" for ref in refs)
+    )
+    assert main([*asked, f"prism.captions_from={theirs}", "resume=true"]) == 0
+    changed = json.loads((folder / "result.json").read_text())
+    assert (changed["captioner"], changed["mean"]["mean"]) == (str(theirs), 0), (
+        "other captions, other answers"
+    )
+
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
@@ -127,10 +140,26 @@ def test_captions_of_any_form_are_read(tmp_path: Path) -> None:
     ]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = read_captions(tmp_path / "c.jsonl")
-    (image,) = set(found) - {"x", "7"}
-    assert found == {"x": ["one", "two", "three"], "7": ["four"], image: ["five"]}
-    pq.write_table(pa.Table.from_pylist([{"sha256": "y", "captions": ["six"]}]), tmp_path / "d.parquet")
-    assert read_captions(tmp_path)["y"] == ["six"]
+    image = hashlib.sha256(png()).hexdigest()
+    texts = {key: [caption.text for caption in captions] for key, captions in found.items()}
+    assert texts == {"x": ["one", "two", "three"], "7": ["four"], image: ["five"]}
+    whole = [
+        {"sha256": "y", "image": None, "captions": ["six"], "finish": ["length"]},
+        {
+            "sha256": None,
+            "image": {"bytes": png("blue"), "path": None},
+            "captions": ["seven"],
+            "finish": ["stop"],
+        },
+    ]
+    pq.write_table(pa.Table.from_pylist(whole), tmp_path / "d.parquet")
+    more = read_captions(tmp_path)
+    assert more["y"] == [Caption("six", True)]
+    assert more[hashlib.sha256(png("blue")).hexdigest()] == [Caption("seven", False)]
+    shards = WebDataset(tmp_path / "tars", "captions", 10, {})
+    shards.add({"id": "z", "sha256": "z", "data": png(), "captions": ["eight"], "finish": ["stop"]})
+    shards.flush()
+    assert read_captions(tmp_path / "tars") == {"z": [Caption("eight", False)]}
     for bad in ('{"caption": "no image"}', '{"id": 1}', "[]", "{"):
         (tmp_path / "bad.jsonl").write_text(bad + "\n")
         with pytest.raises(DataError, match=r"bad\.jsonl"):

@@ -32,7 +32,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from judge_kit import CAPTION, PROMPT, question
 
-from caprl_async.config import Config, EndpointConfig, JudgeConfig, JudgeMode
+from caprl_async.config import Config, JudgeConfig, JudgeEndpointConfig, JudgeMode
 from caprl_async.data.chat import escape_markup, without_disguise
 from caprl_async.judge import actor as actor_module
 from caprl_async.judge.actor import JudgeActor
@@ -367,7 +367,7 @@ def test_the_actor_tells_how_it_judges(server: FakeServer, monkeypatch: pytest.M
     server.most_logprobs = 0
     config = Config(judge=config_for(server))
     config.evaluate.heldout_judge.model = "other"
-    assert actor_module.judge_config(config, "heldout").endpoint == EndpointConfig()
+    assert actor_module.judge_config(config, "heldout").endpoint == JudgeEndpointConfig()
 
     async def live() -> dict[str, Any]:
         actor = JudgeActor("judge-0", "judge", config, hub=None)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ import pytest
 from endpoint_kit import ask
 from judge_kit import CAPTION, ReferenceEngine, judge_config, question, save_random_judge
 
-from caprl_async.config import EndpointConfig, EngineConfig, JudgeMode
+from caprl_async.config import EngineConfig, JudgeEndpointConfig, JudgeMode
 from caprl_async.engine.build import set_environment
 from caprl_async.judge import chat
 from caprl_async.judge.judge import Judge
@@ -87,7 +87,7 @@ def test_a_vllm_server_scores_as_plain_transformers(tmp_path: Path, monkeypatch:
     captions = [CAPTION, "bottomleft blue star . " * 20]
     config = judge_config(folder, permutations=2)
     right = ask(Judge.on(ReferenceEngine(folder), config), questions, captions, 5)
-    endpoint = EndpointConfig(url=f"http://127.0.0.1:{port}/v1", prefill=True, retries=0, timeout_s=60)
+    endpoint = JudgeEndpointConfig(url=f"http://127.0.0.1:{port}/v1", prefill=True, retries=0, timeout_s=60)
     served = dataclasses.replace(config, endpoint=endpoint)
     process = _vllm(folder, port)
     try:

@@ -81,6 +81,13 @@ def test_options_that_stand_in_the_image_are_not_added_to() -> None:
 # ---------------------------------------------------------------- captions
 
 
+def test_only_captions_of_what_is_asked_are_measured() -> None:
+    captions = {"one": [Caption("a b")], "unasked": [Caption("c d e f")], "other": [Caption("g")]}
+    by_id = item("other", image="an image that nobody hashed")
+    found = measures(captions, [item("one"), by_id])
+    assert (found["captions"], found["words_mean"]) == (2, 1.5)
+
+
 def test_captions_are_measured_without_asking_anybody() -> None:
     captions = {
         "one": [Caption("a red circle", False), Caption("what colour is one? red red red red red red", True)],
@@ -124,6 +131,7 @@ def run(folder: Path, scores: dict[str, float], **result: Any) -> Path:
     captions = {image.sha256: [Caption(text) for text in image.captions] for image in images}
     whole = {
         "benchmark": "custom", "captioner": "x", "answerer": "y", "captions_per_image": 1,
+        "asking": {"answerer": "y", "template": "t"},
         "captions": measures(captions, []), **found.as_json(), **result,
     }  # fmt: skip
     (folder / "result.json").write_text(json.dumps(whole))
@@ -150,15 +158,43 @@ def test_runs_are_held_against_the_first(tmp_path: Path) -> None:
     assert "50.0%" in page
 
 
-@pytest.mark.parametrize("key", ["benchmark", "answerer"])
-def test_runs_that_measure_other_things_are_not_compared(key: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "more"),
+    [
+        ("benchmark", {"benchmark": "another"}),
+        ("answerer", {"asking": {"answerer": "another", "template": "t"}}),
+        ("template", {"asking": {"answerer": "y", "template": "another"}}),
+    ],
+)
+def test_runs_that_measure_other_things_are_not_compared(
+    key: str, more: dict[str, Any], tmp_path: Path
+) -> None:
     one = read_run(run(tmp_path / "one", {"red": 1.0}))
-    other = read_run(run(tmp_path / "other", {"red": 1.0}, **{key: "another"}))
+    other = read_run(run(tmp_path / "other", {"red": 1.0}, **more))
     with pytest.raises(DataError, match=f"one and other cannot be compared: {key}"):
         sides([one, other], seed=0)
     third = read_run(run(tmp_path / "third", {"blue": 1.0}))
     with pytest.raises(DataError, match="no question in common"):
         sides([one, third], seed=0)
+
+
+def test_questions_of_the_same_id_that_differ_are_not_paired(tmp_path: Path) -> None:
+    one = read_run(run(tmp_path / "one", {"red": 1.0, "blue": 1.0}))
+    path = run(tmp_path / "other", {"red": 0.0, "blue": 0.0})
+    text = (path / "scores.jsonl").read_text()
+    (path / "scores.jsonl").write_text(text.replace("What colour?", "Which shape?", 1))
+    found = sides([one, read_run(path)], seed=0)
+    assert found[1].shared == 1
+
+
+def test_the_page_marks_what_a_judge_chose(tmp_path: Path) -> None:
+    """A probability below one half may be that of the right option."""
+    folder = run(tmp_path / "one", {"red": 0.45})
+    text = (folder / "scores.jsonl").read_text()
+    (folder / "scores.jsonl").write_text(text.replace("<b>one says</b>", "red"))
+    (only,) = shown([read_run(folder)], 1)
+    (cell,) = only.questions[0][1]
+    assert (cell.answer, cell.right) == ("red", True)
 
 
 def test_a_damaged_run_is_one_error(tmp_path: Path) -> None:

@@ -20,10 +20,12 @@ from hypothesis import strategies as st
 from caprl_async.choices import Form
 from caprl_async.config import EndpointConfig, WriterConfig
 from caprl_async.data.rows import DataError
+from caprl_async.stream import shards as shards_module
 from caprl_async.stream.captioning import Captioned
 from caprl_async.stream.done import Done
-from caprl_async.stream.shards import CAPTIONED, FORMS, Shards
+from caprl_async.stream.shards import CAPTIONED, FORMS, Parquet, Shards
 from caprl_async.stream.stage import ModelAway, WriterStage
+from caprl_async.stream.texts import asked_as
 
 # ---------------------------------------------------------------- ids
 
@@ -92,7 +94,7 @@ def test_conversations_are_those_of_sharegpt(tmp_path: Path) -> None:
         ],
     }
     assert second["conversations"][1]["value"] == "a dot"
-    assert json.loads((tmp_path / "about.json").read_text()) == ABOUT
+    assert json.loads((tmp_path / "_about.json").read_text()) == ABOUT
 
 
 def test_webdataset_holds_the_images(tmp_path: Path) -> None:
@@ -197,3 +199,36 @@ def test_what_is_asked_depends_on_the_row_alone() -> None:
     assert asks[0] == asks[1]
     assert asks[0].seed != asks[2].seed
     assert asks[0].n == 3
+
+
+# ---------------------------------------------------------------- files for others
+
+
+def test_a_folder_of_parquet_files_is_a_data_set(tmp_path: Path) -> None:
+    """Whatever the rows of one file lack, all files have the same columns; and nothing else is in the way."""
+    for number, path in enumerate((None, "/a.png")):
+        shards = Parquet(tmp_path, "captions", 1, {})
+        shards.add({"id": str(number), "path": path, "problem": None, "captions": ["a"], "tokens": [1]})
+        shards.flush()
+    rows = pq.read_table(tmp_path).to_pylist()
+    assert [(row["id"], row["path"]) for row in rows] == [("0", None), ("1", "/a.png")]
+    assert "problem" not in rows[0]
+
+
+def test_images_do_not_wait_without_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards_module, "_FLUSH_BYTES", 2500)
+    monkeypatch.setattr(shards_module, "_GROUP_BYTES", 1500)
+    schema = pa.schema([("id", pa.string()), ("image", pa.struct([("bytes", pa.binary())]))])
+    shards = Parquet(tmp_path, "questions", 1000, {}, schema)
+    for number in range(6):
+        shards.add({"id": str(number), "image": {"bytes": bytes(1000)}})
+    assert [pq.read_metadata(file).num_row_groups for file in shards.files()] == [3, 3]
+    assert [row["id"] for row in shards.read()] == list("012345")
+
+
+@given(st.text(), st.lists(st.text(), max_size=3))
+def test_a_row_is_known_by_what_is_asked(row_id: str, texts: list[str]) -> None:
+    name = asked_as(row_id, texts)
+    assert name == asked_as(row_id, list(texts))
+    assert name != asked_as(row_id, [*texts, ""])
+    assert name.startswith(f"{row_id} ")

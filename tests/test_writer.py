@@ -11,7 +11,7 @@ from endpoint_kit import FakeServer, Tokens, says, serving
 from engine_kit import MAX_PIXELS, MIN_PIXELS, noise_image, tiny_engine, tiny_model
 
 from caprl_async.config import EndpointConfig, WriterConfig
-from caprl_async.types import Finish, ImageRef
+from caprl_async.types import Finish, ImageData, ImageRef
 from caprl_async.writer.types import Ask, Text, Unwritten, WriterError
 from caprl_async.writer.writer import load_writer
 
@@ -34,7 +34,7 @@ def config_for(server: FakeServer, **changes: object) -> WriterConfig:
 def test_a_served_model_answers_each_ask_in_its_place(server: FakeServer) -> None:
     with load_writer(config_for(server), "answerer") as writer:
         one, two = writer.ask([Ask("say one"), Ask("say two", n=3, seed=2**40)])
-    assert one == (Text("one", Finish.LENGTH, 0),)
+    assert one == (Text("one", Finish.LENGTH, None),)
     assert isinstance(two, tuple)
     assert [text.text for text in two] == ["two"] * 3
     assert server.bodies[-1]["seed"] < 2**31
@@ -80,6 +80,14 @@ def test_a_server_that_is_not_there_names_the_key() -> None:
 def test_a_folder_that_is_no_checkpoint_names_the_key(tmp_path: Path) -> None:
     with pytest.raises(WriterError, match=r"questioner\.model"):
         load_writer(WriterConfig(model=str(tmp_path)), "questioner")
+
+
+def test_what_is_no_image_costs_only_itself_at_an_endpoint_too(server: FakeServer) -> None:
+    with load_writer(config_for(server), "answerer") as writer:
+        bad, good = writer.ask([Ask("?", image=ImageData.of(b"<html>404</html>")), Ask("?")])
+    assert isinstance(bad, Unwritten)
+    assert not bad.again
+    assert not isinstance(good, Unwritten)
 
 
 @pytest.mark.parametrize("model", ["policy", "judge"])

@@ -1,12 +1,13 @@
 """Captioning a data set against plain vLLM: is job=annotate as fast, and does its memory stay bounded?
 
 Both sides caption the same images with the same model, limits and sampling, one after the other: `plain`
-gives `vllm.LLM.generate` the images in lists of 512, `annotate` runs the job. Times begin when the engine is
-up: on the job's side with its first batch out, whose images are not counted. Prints a table; the last line is
-one JSON object, whose `ratio` is the job's images per second over plain vLLM's.
+gives `vllm.LLM.generate` the images in lists of 512, `annotate` runs the job. Each side runs twice, with
+--warm images and with --images, from the start of its process to its end: the rate is that of the images
+between, so that start and end of a process count for neither. Prints a table; the last line is one JSON
+object, whose `ratio` is the job's images per second over plain vLLM's.
 
 With --only annotate --images 100000 the job's memory is what matters: `memory_mb` holds that of all of its
-processes (their own pages, and Ray's shared memory once) in the run's first and last tenth, and at most.
+processes (their own pages, and Ray's shared memory once) at the end of each fifth of the run, and at most.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ TINY = "caprl_async/tiny/models/policy"
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--warm", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=1, help="times that both sides run, in turn")
     parser.add_argument("--only", choices=["plain", "annotate"], help="one side; default: both")
     parser.add_argument("--folder", type=Path, help="where images are kept between runs; default: nowhere")
@@ -55,22 +59,37 @@ def main() -> None:
         found: dict[str, list[dict[str, Any]]] = {}
         for number in range(args.rounds):
             if args.only != "annotate":
-                found.setdefault("plain vLLM", []).append(plain_apart(args))
+                found.setdefault("plain vLLM", []).append(between(args, partial(plain_apart, args)))
             if args.only != "plain":
-                found.setdefault("job=annotate", []).append(annotate(args, Path(scratch, f"run{number}")))
+                job = partial(annotate, args, Path(scratch, f"run{number}"))
+                found.setdefault("job=annotate", []).append(between(args, job))
     show(found, args)
+
+
+def between(args: argparse.Namespace, run: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+    """What a run with all images gave, and the rate of those beyond a run with few."""
+    _, few_s = timed(run, args.warm)
+    every, every_s = timed(run, args.images)
+    return {**every, "images_per_s": (args.images - args.warm) / (every_s - few_s)}
+
+
+def timed(run: Callable[[int], dict[str, Any]], images: int) -> tuple[dict[str, Any], float]:
+    began = time.perf_counter()
+    found = run(images)
+    return found, time.perf_counter() - began
 
 
 def show(found: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> None:
     table = Table(title=f"{args.images} images")
-    for column in ("", "images/s, each round", "memory MB: first tenth", "last tenth", "most"):
+    for column in ("", "images/s, each round", "memory, MB, after each fifth", "most"):
         table.add_column(column)
     for side, rounds in found.items():
         memory = rounds[-1].get("memory_mb", {})
         table.add_row(
             side,
             ", ".join(f"{one['images_per_s']:.1f}" for one in rounds),
-            *(f"{memory[name]:.0f}" if memory else "" for name in ("first", "last", "most")),
+            " ".join(f"{one:.0f}" for one in memory.get("fifths", ())),
+            f"{memory['most']:.0f}" if memory else "",
         )
     Console().print(table)
     means = {side: sum(one["images_per_s"] for one in rounds) / len(rounds) for side, rounds in found.items()}
@@ -105,9 +124,9 @@ def files(folder: Path, count: int) -> list[Path]:
 # ---------------------------------------------------------------- plain vLLM
 
 
-def plain_apart(args: argparse.Namespace) -> dict[str, Any]:
+def plain_apart(args: argparse.Namespace, images: int) -> dict[str, Any]:
     """In a process of its own, as a user's script would be."""
-    asked = [sys.executable, __file__, "--side", "plain", "--images", str(args.images)]
+    asked = [sys.executable, __file__, "--side", "plain", "--images", str(images)]
     done = subprocess.run(
         [*asked, "--folder", str(args.folder), *args.arguments], stdout=subprocess.PIPE, text=True, check=True
     )
@@ -152,7 +171,7 @@ def plain(args: argparse.Namespace) -> dict[str, Any]:
     )
     sampling = SamplingParams(temperature=captioner.temperature, max_tokens=captioner.max_tokens)
     found = files(args.folder, args.images)
-    began, words = time.perf_counter(), 0
+    words = 0
     for at in range(0, len(found), LIST):
         asked = [
             {"prompt": prompt, "multi_modal_data": {"image": Image.open(file).convert("RGB")}}
@@ -160,18 +179,21 @@ def plain(args: argparse.Namespace) -> dict[str, Any]:
         ]
         out = llm.generate(asked, sampling, use_tqdm=False)
         words += sum(len(one.outputs[0].text.split()) for one in out)
-    seconds = time.perf_counter() - began
-    return {"images_per_s": len(found) / seconds, "words": words / len(found)}
+    return {"words": words / len(found)}
 
 
 # ---------------------------------------------------------------- the job
 
 
-def annotate(args: argparse.Namespace, run_dir: Path) -> dict[str, Any]:
-    """The job, watched from here: what its output holds when, and its memory."""
+def annotate(args: argparse.Namespace, scratch: Path, images: int) -> dict[str, Any]:
+    """The job, and the memory of its processes."""
+    run_dir, source = scratch / f"run-{images}", scratch / f"images-{images}"
+    source.mkdir(parents=True)
+    for file in files(args.folder, images):
+        (source / file.name).symlink_to(file)
     asked = [
         *(sys.executable, "-m", "caprl_async.run", "conf=conf/annotate_demo.yaml"),
-        *(f"run_dir={run_dir}", f"data.images={args.folder}", *args.arguments),
+        *(f"run_dir={run_dir}", f"data.images={source}", *args.arguments),
     ]
     with subprocess.Popen(asked, stderr=subprocess.PIPE, text=True) as job:
         watch = Watch(job.pid)
@@ -181,7 +203,7 @@ def annotate(args: argparse.Namespace, run_dir: Path) -> dict[str, Any]:
     if job.returncode not in (0, SOME_FAILED):
         raise SystemExit(f"{' '.join(asked)} ended with {job.returncode}:\n{''.join(lines)}")
     result = json.loads((run_dir / "result.json").read_text())
-    told = {name: result[name] for name in ("images_per_s", "failed", "problems")}
+    told = {name: result[name] for name in ("failed", "problems")}
     return {**told, "memory_mb": watch.summary()}
 
 
@@ -200,15 +222,11 @@ class Watch:
         self._over.set()
         self._thread.join()
 
-    def summary(self) -> dict[str, float]:
-        """MB: means over the first tenth (after the start's 30 s) and the last, and the most."""
-        running = self._samples[int(30 / self._every_s) : -3] or self._samples
-        tenth = max(1, len(running) // 10)
-        return {
-            "first": sum(running[:tenth]) / tenth,
-            "last": sum(running[-tenth:]) / tenth,
-            "most": max(self._samples, default=0.0),
-        }
+    def summary(self) -> dict[str, Any]:
+        """MB, without the seconds in which processes end."""
+        running = self._samples[:-3] or self._samples
+        fifths = [running[len(running) * number // 5 - 1] for number in range(1, 6)]
+        return {"fifths": fifths, "most": max(self._samples, default=0.0)}
 
     def _sample(self) -> None:
         while not self._over.wait(self._every_s):

@@ -214,7 +214,7 @@ class _Curation:
         it."""
         checked = self._checked(candidates) if self._has_checker else {}
         judged = self._judged(candidates) if self._has_judge else {}
-        found: dict[str, list[Accuracy]] = {}
+        found: dict[str, list[Accuracy | None]] = {}
         for one in candidates:
             seen, told = checked.get(one.row_id), judged.get(one.row_id)
             if (self._has_checker and seen is None) or (self._has_judge and told is None):

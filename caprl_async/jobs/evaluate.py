@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from caprl_async import conf
-from caprl_async.benchmarks.items import Item
-from caprl_async.benchmarks.load import load_items
+from caprl_async.benchmarks.items import Item, Rule
+from caprl_async.benchmarks.load import limited, load_items
 from caprl_async.benchmarks.table import BENCHMARKS, CAPRL_QA
 from caprl_async.config import Config
 from caprl_async.data.images import ImageStore, image_folder
@@ -24,15 +25,16 @@ from caprl_async.data.rows import append_rejects
 from caprl_async.files import write_json
 from caprl_async.jobs.annotate import SOME_FAILED
 from caprl_async.prism import by_answerer, by_judge, page
-from caprl_async.prism.captions import Captions, measures
+from caprl_async.prism.captions import Captions, captions_of, measures
 from caprl_async.prism.compare import Side
 from caprl_async.prism.passes import Passes
 from caprl_async.prism.runs import IMAGES, QUESTIONS, RESULT, ImageLine, QuestionLine, read_run, write_lines
 from caprl_async.prism.told import Examined, Figures, figures
 from caprl_async.ring.errors import RingFailed
 from caprl_async.stream import on_ray
+from caprl_async.stream.judging import about_judge
 from caprl_async.stream.stage import explained
-from caprl_async.writer.writer import model_name
+from caprl_async.writer.writer import about_writer, model_name
 
 REJECTS = "rejects.jsonl"
 PAGE = "report.html"
@@ -81,7 +83,7 @@ class _Prism:
             self._title, self._macro = benchmark.title, benchmark.macro
             found = load_items(prism.benchmark, Path(prism.data), store)
             rejects = list(found.rejects)
-            self._items = list(found.items[: prism.limit or None])
+            self._items = limited(found.items, prism.limit)
             if prism.abstain:
                 self._items = [item.offering(abstain) for item in self._items]
         (self._folder / REJECTS).unlink(missing_ok=True)
@@ -116,6 +118,7 @@ class _Prism:
             "benchmark": prism.benchmark,
             "captioner": prism.captions_from or model_name(self._config.captioner),
             "answerer": self._answerer(),
+            "asking": self._asking(),
             "captions_per_image": max((len(one.answers) for one in told.values()), default=0),
             "captions": measures(captions, self._items),
             **found.as_json(),
@@ -132,6 +135,19 @@ class _Prism:
         judge = self._config.judge
         return (judge.endpoint.url or judge.model) if self._judged else model_name(self._config.answerer)
 
+    def _asking(self) -> dict[str, Any]:
+        """All that the answers depend on beside captions and questions."""
+        prism = self._config.prism
+        if self._judged:
+            return about_judge(self._config.judge)
+        graded = any(item.rule is Rule.GRADED for item in self._items)
+        return {
+            "answerer": about_writer(self._config.answerer),
+            "grader": about_writer(self._config.grader) if graded else None,
+            "template": prism.template,
+            "abstain": prism.abstain,
+        }
+
     def _told(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -140,20 +156,19 @@ def table(sides: list[Side], title: str) -> Table:
     """The figures of runs, for a terminal."""
     shown = Table(title=title)
     for name in ("", *(side.run.name for side in sides)):
-        shown.add_column(name)
+        shown.add_column(escape(name))
     for name, _, values in page.rows(sides):
-        shown.add_row(name, *values)
+        shown.add_row(name, *map(escape, values))
     for name in sorted({name for side in sides for name in side.run.result["categories"]}):
         shares = [side.run.result["categories"].get(name) for side in sides]
-        shown.add_row(f"  {name}", *("" if share is None else f"{share:.1%}" for share in shares))
+        shown.add_row(escape(f"  {name}"), *("" if share is None else f"{share:.1%}" for share in shares))
     return shown
 
 
 def _images(items: list[Item], captions: Captions) -> list[ImageLine]:
     found: dict[str, ImageLine] = {}
     for item in items:
-        for image in item.images:
-            own = captions.get(image.sha256) or captions.get(item.item_id) or ()
+        for image, (_, own) in zip(item.images, captions_of(item, captions), strict=True):
             found.setdefault(
                 image.sha256, ImageLine(image.sha256, image.path, [caption.text for caption in own])
             )

@@ -13,7 +13,7 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from caprl_async.config import Config, EndpointConfig, JudgeConfig
+from caprl_async.config import Config, JudgeConfig, JudgeEndpointConfig
 from caprl_async.engine.types import EngineDied
 from caprl_async.judge.judge import Judge
 from caprl_async.process import call_me, doing, whereabouts
@@ -42,7 +42,7 @@ def judge_config(config: Config, serves: str) -> JudgeConfig:
     if serves == "judge":
         return config.judge
     return dataclasses.replace(
-        config.judge, model=config.evaluate.heldout_judge.model, endpoint=EndpointConfig()
+        config.judge, model=config.evaluate.heldout_judge.model, endpoint=JudgeEndpointConfig()
     )
 
 

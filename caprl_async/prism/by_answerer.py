@@ -9,7 +9,7 @@ from caprl_async.benchmarks.items import Item, Rule
 from caprl_async.benchmarks.reading import final_answer, read_choice
 from caprl_async.benchmarks.scorers import score
 from caprl_async.config import Config
-from caprl_async.prism.captions import Captions
+from caprl_async.prism.captions import Captions, captions_of
 from caprl_async.prism.passes import Passes
 from caprl_async.prism.told import Told
 
@@ -37,7 +37,7 @@ def ask(
 
 def _prompts(item: Item, captions: Captions, config: Config) -> list[str]:
     """One for each caption (of several images, the nth captions of all), and the blind one."""
-    told = [captions.get(image.sha256) or captions.get(item.item_id) or () for image in item.images]
+    told = [own for _, own in captions_of(item, captions)]
     prompts = [
         prompt_text(config.prism.template, [caption.text for caption in each], item)
         for each in zip(*told, strict=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean, median
 from typing import TypeAlias
 
@@ -12,31 +11,30 @@ import numpy as np
 
 from caprl_async.benchmarks.items import Item
 from caprl_async.judge.monitors import SIGNS, signs_of, stems_of
-
-
-@dataclass(frozen=True)
-class Caption:
-    """One caption; whether it was cut at a limit is not known of those made elsewhere."""
-
-    text: str
-    truncated: bool | None = None
-
+from caprl_async.stream.captions import Caption
 
 Captions: TypeAlias = Mapping[str, Sequence[Caption]]
 """By the SHA-256 of the image (or, made elsewhere, the question's id)."""
 
 
+def captions_of(item: Item, captions: Captions) -> list[tuple[str, Sequence[Caption]]]:
+    """Of each of the item's images: the key by which its captions are found, and them."""
+    return [
+        (key, captions.get(key, ()))
+        for image in item.images
+        for key in [item.item_id if not captions.get(image.sha256) else image.sha256]
+    ]
+
+
 def measures(captions: Captions, items: Sequence[Item]) -> dict[str, float | None]:
-    """Lengths in words, the share that was cut, and the signs of reward hacking (docs/judge.md), as means."""
+    """Lengths in words, the share that was cut, and the signs of reward hacking (docs/judge.md): means over
+    the captions of what the items ask about."""
     asked: dict[str, list[str]] = defaultdict(list)
     for item in items:
-        for image in item.images:
-            asked[image.sha256].append(item.question)
-    every = [(key, caption) for key, own in captions.items() for caption in own]
-    signs = [
-        signs_of(caption.text, bool(caption.truncated), stems_of(asked.get(key, ())))
-        for key, caption in every
-    ]
+        for key, _ in captions_of(item, captions):
+            asked[key].append(item.question)
+    every = [(key, caption) for key in asked for caption in captions.get(key, ())]
+    signs = [signs_of(caption.text, bool(caption.truncated), stems_of(asked[key])) for key, caption in every]
     words = [len(caption.text.split()) for _, caption in every]
     means = {
         name.removeprefix("hack_"): fmean(one[name] for one in signs) if signs else None for name in SIGNS

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import string
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from caprl_async.benchmarks.items import Item
+from caprl_async.benchmarks.items import Item, Rule
+from caprl_async.benchmarks.reading import read_choice
 from caprl_async.benchmarks.summary import Interval, difference
 from caprl_async.benchmarks.table import BENCHMARKS
 from caprl_async.data.rows import DataError
 from caprl_async.prism.runs import Run
+from caprl_async.prism.told import Told
+from caprl_async.types import ImageRef
 
 RIGHT = 0.5
-"""A score from here on is shown as a right answer."""
+"""A written answer's score from here on is shown as right."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +60,20 @@ def sides(runs: Sequence[Run], seed: int) -> list[Side]:
     """
     first = runs[0]
     for run in runs[1:]:
-        for key in ("benchmark", "answerer"):
-            if run.result[key] != first.result[key]:
+        one, other = _asked(first), _asked(run)
+        for key in one | other:
+            if one.get(key) != other.get(key):
                 raise DataError(
-                    f"{first.name} and {run.name} cannot be compared: {key} {first.result[key]!r} and "
-                    f"{run.result[key]!r}"
+                    f"{first.name} and {run.name} cannot be compared: {key} {one.get(key)!r} and "
+                    f"{other.get(key)!r}"
                 )
     known = BENCHMARKS.get(str(first.result["benchmark"]))
     macro = known is not None and known.macro
     return [Side(first, None, len(first.questions)), *(_side(run, first, macro, seed) for run in runs[1:])]
+
+
+def _asked(run: Run) -> dict[str, Any]:
+    return {"benchmark": run.result["benchmark"], **run.result["asking"]}
 
 
 def as_json(found: Sequence[Side]) -> list[dict[str, Any]]:
@@ -98,12 +107,18 @@ def shown(runs: Sequence[Run], images: int) -> list[Shown]:
 
 
 def _side(run: Run, first: Run, macro: bool, seed: int) -> Side:
-    items = [line.item for line in first.questions]
+    theirs = {line.item.item_id: _content(line.item) for line in run.questions}
+    same = [line.item for line in first.questions if theirs.get(line.item.item_id) == _content(line.item)]
     one, other = _scores(first), _scores(run)
-    shared = sum(item.item_id in one and item.item_id in other for item in items)
-    if not shared:
+    items = [item for item in same if item.item_id in one and item.item_id in other]
+    if not items:
         raise DataError(f"{first.name} and {run.name} have no question in common")
-    return Side(run, difference(items, one, other, macro, seed), shared)
+    return Side(run, difference(items, one, other, macro, seed), len(items))
+
+
+def _content(item: Item) -> Item:
+    """The item wherever its images lie."""
+    return replace(item, images=tuple(ImageRef(sha256=image.sha256, path="") for image in item.images))
 
 
 def _scores(run: Run) -> dict[str, Sequence[float | None]]:
@@ -111,12 +126,12 @@ def _scores(run: Run) -> dict[str, Sequence[float | None]]:
 
 
 def _shown(
-    sha256: str, items: Sequence[Item], runs: Sequence[Run], told: Sequence[Mapping[str, Any]]
+    sha256: str, items: Sequence[Item], runs: Sequence[Run], told: Sequence[Mapping[str, Told | None]]
 ) -> Shown:
-    questions = [(item, [_cell(own.get(item.item_id)) for own in told]) for item in items]
+    questions = [(item, [_cell(item, own.get(item.item_id)) for own in told]) for item in items]
     means = [
         fmean(scores)
-        for column in zip(*(cells for _, cells in questions), strict=True)
+        for column in zip(*(cells for _, cells in questions), strict=True)  # of a run
         if (scores := [cell.score for cell in column if cell.score is not None])
     ]
     image = runs[0].images[sha256]
@@ -128,8 +143,13 @@ def _shown(
     )
 
 
-def _cell(told: Any) -> Cell:
-    if told is None or not told.scores:
+def _cell(item: Item, told: Told | None) -> Cell:
+    """Of a choice the option's text; it is right if it is the gold one, whatever its probability."""
+    if told is None or not told.scores or told.scores[0] is None:
         return Cell("", None, False)
-    score = told.scores[0]
-    return Cell(told.answers[0], score, score is not None and score >= RIGHT)
+    answer, score = told.answers[0], told.scores[0]
+    said = read_choice(answer, item.options) if item.rule is Rule.CHOICE else None
+    if said is None:
+        return Cell(answer, score, score >= RIGHT and item.rule is not Rule.CHOICE)
+    text = answer if item.mere_letters else item.options[said]
+    return Cell(text, score, string.ascii_uppercase[said] in item.golds)

@@ -11,9 +11,9 @@ from rich.console import Console
 
 from caprl_async.benchmarks.items import Item
 from caprl_async.config import Config, WriterConfig
-from caprl_async.prism.captions import Caption, Captions
+from caprl_async.prism.captions import Captions
 from caprl_async.stream.captioning import CAPTIONS, Captioned, about_captions
-from caprl_async.stream.captions import read_captions
+from caprl_async.stream.captions import Caption, read_captions
 from caprl_async.stream.judging import JUDGED, about_judge, judged_as, judging
 from caprl_async.stream.pipeline import FAILURES, run_pass
 from caprl_async.stream.shards import CAPTIONED, Parquet
@@ -44,8 +44,7 @@ class Passes:
         prism, config = self._config.prism, self._config
         if prism.captions_from:
             with explained():
-                found = read_captions(Path(prism.captions_from))
-            return {key: [Caption(text) for text in texts] for key, texts in found.items()}
+                return read_captions(Path(prism.captions_from))
         images = {image.sha256: image for item in items for image in item.images}
         # To write nothing is an answer, and a bad one: left out, it would make the captioner look better.
         what = Captioned(config.data.prompt, prism.captions, config.seed, empty=True)

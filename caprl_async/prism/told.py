@@ -49,7 +49,7 @@ def figures(items: Sequence[Item], told: Examined, *, macro: bool, seed: int) ->
     """None if nothing has a score."""
 
     def of(scores: Scores) -> Summary | None:
-        return summarise([item for item in items if item.item_id in scores], scores, macro, seed)
+        return summarise(items, scores, macro, seed)
 
     every = {item.item_id: told[item.item_id].scores for item in items if item.item_id in told}
     summary = summarise(items, every, macro, seed)

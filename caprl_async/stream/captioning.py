@@ -26,8 +26,9 @@ def about_captions(config: Config, captions: int) -> dict[str, Any]:
         "temperature": captioner.temperature,
         "max_tokens": captioner.max_tokens,
         "captions": captions,
-        "min_pixels": captioner.min_pixels,
-        "max_pixels": captioner.max_pixels,
+        # A server has limits of its own.
+        "min_pixels": None if captioner.endpoint.url else captioner.min_pixels,
+        "max_pixels": None if captioner.endpoint.url else captioner.max_pixels,
         "seed": config.seed,
     }
 

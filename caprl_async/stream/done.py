@@ -13,7 +13,7 @@ class Done:
     """Membership by 128-bit digests of the ids; immutable, and cheap to send to other processes."""
 
     def __init__(self, ids: Iterable[str]) -> None:
-        digests = np.frombuffer(b"".join(map(_digest, ids)), dtype=np.uint64).reshape(-1, 2)
+        digests = np.frombuffer(b"".join(map(digest_of, ids)), dtype=np.uint64).reshape(-1, 2)
         order = np.argsort(digests[:, 0], kind="stable")
         self._high: NDArray[np.uint64] = digests[order, 0]
         self._low: NDArray[np.uint64] = digests[order, 1]
@@ -23,7 +23,7 @@ class Done:
 
     def has(self, ids: Iterable[str]) -> NDArray[np.bool_]:
         """Of each id, whether it is in the set."""
-        asked = np.frombuffer(b"".join(map(_digest, ids)), dtype=np.uint64).reshape(-1, 2)
+        asked = np.frombuffer(b"".join(map(digest_of, ids)), dtype=np.uint64).reshape(-1, 2)
         first = np.searchsorted(self._high, asked[:, 0], "left")
         last = np.searchsorted(self._high, asked[:, 0], "right")
         found = np.zeros(len(asked), dtype=np.bool_)
@@ -32,5 +32,6 @@ class Done:
         return found
 
 
-def _digest(text: str) -> bytes:
+def digest_of(text: str) -> bytes:
+    """16 bytes that stand for an id."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -22,10 +22,13 @@ from caprl_async.choices import Form
 from caprl_async.data.images import media_type
 from caprl_async.data.rows import DataError
 from caprl_async.files import write_bytes
+from caprl_async.stream.done import digest_of
 
 _KEY = b"caprl_async"  # of the parquet files' metadata
-_ABOUT = "about.json"
+_ABOUT = "_about.json"  # readers of data sets pass over names like this
 _FLUSH_S = 60.0  # rows wait no longer than this for their shard to fill
+_FLUSH_BYTES = 256 << 20  # of images: rows with more wait no longer either
+_GROUP_BYTES = 64 << 20  # of a parquet file's row groups
 
 
 CAPTIONED = pa.schema(
@@ -63,7 +66,8 @@ class Shards(ABC):
         self._about = json.dumps(about, ensure_ascii=False)
         self._compare(about)
         self._waiting: list[Mapping[str, Any]] = []
-        self._seen: set[str] = set()  # since the start
+        self._seen: set[bytes] = set()  # digests of the ids since the start
+        self._bytes = 0  # of those that wait
         self._since = 0.0  # when the first of those that wait came
         folder.mkdir(parents=True, exist_ok=True)
         write_bytes(folder / _ABOUT, self._about.encode())
@@ -101,20 +105,22 @@ class Shards(ABC):
 
     def refusal(self, row: Mapping[str, Any]) -> str:
         """Why the row cannot be written; empty: it can."""
-        return "another row has this id" if row["id"] in self._seen else ""
+        return "another row has this id" if digest_of(row["id"]) in self._seen else ""
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Writes the row, sooner or later: with `flush` at the latest."""
-        self._seen.add(row["id"])
+        self._seen.add(digest_of(row["id"]))
         if not self._waiting:
             self._since = time.monotonic()
         self._waiting.append(row)
-        if len(self._waiting) >= self._rows or time.monotonic() - self._since > _FLUSH_S:
+        self._bytes += _size(row)
+        full = len(self._waiting) >= self._rows or self._bytes >= _FLUSH_BYTES
+        if full or time.monotonic() - self._since > _FLUSH_S:
             self.flush()
 
     def flush(self) -> None:
         """Writes all that waits, to a file of its own."""
-        rows, self._waiting = self._waiting, []
+        rows, self._waiting, self._bytes = self._waiting, [], 0
         if rows:
             name = f"{self._name}-{self._next:06d}{self.suffix}"
             write_bytes(self.folder / name, self._encoded(rows))
@@ -127,15 +133,23 @@ class Shards(ABC):
     def _ids(self, file: Path) -> Iterator[str]: ...
 
 
+def _size(row: Mapping[str, Any]) -> int:
+    """Bytes of the images in a row; texts are small beside them."""
+    inner = (value.get("bytes") if isinstance(value, Mapping) else value for value in row.values())
+    return sum(len(value) for value in inner if isinstance(value, bytes))
+
+
 class Parquet(Shards):
     """A column per field; how rows were made is in the file's metadata, under `caprl_async`."""
 
     suffix = ".parquet"
 
     def _encoded(self, rows: Sequence[Mapping[str, Any]]) -> bytes:
-        table = pa.Table.from_pylist(list(rows))
+        written = pa.schema([column for column in self.schema if column.name != "problem"])
+        table = pa.Table.from_pylist(list(rows), schema=written.with_metadata({_KEY: self._about.encode()}))
+        groups = 1 + sum(map(_size, rows)) // _GROUP_BYTES
         sink = io.BytesIO()
-        pq.write_table(table.replace_schema_metadata({_KEY: self._about.encode()}), sink)
+        pq.write_table(table, sink, row_group_size=-(-len(rows) // groups))
         return sink.getvalue()
 
     def _ids(self, file: Path) -> Iterator[str]:
@@ -144,7 +158,9 @@ class Parquet(Shards):
     def read(self) -> Iterator[dict[str, Any]]:
         """Every row that is written."""
         for file in self.files():
-            yield from pq.read_table(file).to_pylist()
+            with pq.ParquetFile(file) as opened:
+                for batch in opened.iter_batches(256):
+                    yield from batch.to_pylist()
 
 
 class Conversations(Shards):

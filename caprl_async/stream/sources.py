@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from caprl_async.data.rows import DataError
+from caprl_async.data.rows import BadRow, DataError, id_of
 from caprl_async.types import ImageData, ImageRef
 
 SCHEMA = pa.schema(
@@ -42,8 +42,8 @@ def open_images(source: str) -> Images:
     """All images of a folder of images, of .parquet or .tar files, or of the .arrow files that
     `datasets.Dataset.save_to_disk` leaves; or of one such file.
 
-    A row's id is its path in the folder, its `id` or `image_id`, its key in a tar file, or else the SHA-256
-    of its image.
+    A row's id is its path in the folder, its `id` or `image_id`, its tar file's name and its key in there, or
+    else the SHA-256 of its image.
 
     Raises:
         DataError: there is no such thing, or nothing in it is of a known form.
@@ -61,7 +61,8 @@ def open_images(source: str) -> Images:
         rows = tables.map_batches(_from_table, batch_format="pyarrow", fn_kwargs={"folder": str(path)})
         return Images(rows, total)
     if tar:
-        return Images(reading.read_webdataset(tar, decoder=None).map(_from_sample), None)
+        samples = reading.read_webdataset(tar, decoder=None, include_paths=True)
+        return Images(samples.map(_from_sample), None)
     if arrow:
         files = reading.from_arrow([pa.table({"file": [file]}) for file in arrow])
         return Images(files.map_batches(_from_arrow, batch_size=1), None)
@@ -79,7 +80,8 @@ def _parquet_head(files: list[str]) -> tuple[list[str], int]:
     Raises:
         DataError: a file is damaged or has no column of images.
     """
-    total, wanted = 0, []
+    total = 0
+    wanted: list[str] | None = None
     for file in files:
         try:
             head = pq.read_metadata(file)
@@ -88,8 +90,11 @@ def _parquet_head(files: list[str]) -> tuple[list[str], int]:
         names = head.schema.to_arrow_schema().names
         _needs_image(names, file)
         total += head.num_rows
-        wanted = [name for name in (*_IDS, *_COLUMNS) if name in names]
-    return wanted, total
+        own = [name for name in (*_IDS, *_COLUMNS) if name in names]
+        if wanted is not None and own != wanted:
+            raise DataError(f"{file}: it has {', '.join(own)}, other files of the folder {', '.join(wanted)}")
+        wanted = own
+    return wanted or [], total
 
 
 def listed(images: Iterable[ImageRef]) -> Any:
@@ -161,12 +166,16 @@ def _from_arrow(batch: Mapping[str, Any]) -> Iterator[pa.Table]:
 def _from_sample(sample: Mapping[str, Any]) -> dict[str, Any]:
     """A sample of a tar file: its files by extension."""
     images = [value for name, value in sample.items() if f".{name.lower()}" in EXTENSIONS]
-    return _found(str(sample["__key__"]), images[0] if images else None, Path())
+    row_id = f"{Path(str(sample['path'])).name}/{sample['__key__']}"  # keys may begin anew in each file
+    return _found(row_id, images[0] if images else None, Path())
 
 
 def _row(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     image = next((values[name] for name in _COLUMNS if values.get(name) is not None), None)
-    row_id = next((str(values[name]) for name in _IDS if values.get(name) not in (None, "")), "")
+    try:
+        row_id = next((found for name in _IDS if (found := id_of(values.get(name), ""))), "")
+    except BadRow as bad:
+        return {"id": "", "path": None, "data": None, "problem": str(bad)}
     return _found(row_id, image, folder)
 
 

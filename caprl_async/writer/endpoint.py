@@ -93,4 +93,4 @@ class EndpointWriter(Writer):
 
 def _text(choice: Choice) -> Text:
     finish = Finish.LENGTH if choice.finish_reason == "length" else Finish.STOP
-    return Text((choice.message.content or "").strip(), finish, 0)
+    return Text((choice.message.content or "").strip(), finish, None)

@@ -23,7 +23,7 @@ class Text:
 
     text: str
     finish: Finish
-    tokens: int  # 0 where a server does not say
+    tokens: int | None  # None where a server does not say
 
 
 @dataclass(frozen=True)
