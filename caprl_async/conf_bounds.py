@@ -40,6 +40,7 @@ _WRITER: dict[str, Bound] = {
     **{f"engine.{name}": bound for name, bound in _ENGINE.items()},
     **{f"endpoint.{name}": bound for name, bound in _ENDPOINT.items()},
 }
+_SHARES = ("train", "prefill", "decode")
 BOUNDS: dict[str, Bound] = {
     "steps": _AT_LEAST_1,
     "begin": _NOT_NEGATIVE,
@@ -122,6 +123,13 @@ BOUNDS: dict[str, Bound] = {
     "prism.captions": _AT_LEAST_1,
     "prism.limit": _NOT_NEGATIVE,
     "compare.images": _NOT_NEGATIVE,
+    "plan.gpus": _AT_LEAST_1,
+    "plan.link_gb_s": _POSITIVE,
+    "plan.prompt_tokens": _NOT_NEGATIVE,
+    "plan.caption_tokens": _AT_LEAST_1,
+    "plan.questions": _AT_LEAST_1,
+    "plan.question_tokens": _AT_LEAST_1,
+    **{f"plan.{name}_share": ("above 0 and at most 1", lambda v: 0 < v <= 1) for name in _SHARES},
     "annotate.captions": _AT_LEAST_1,
     "annotate.rows_per_file": _AT_LEAST_1,
     "checkpoint.interval": _AT_LEAST_1,

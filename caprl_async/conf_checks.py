@@ -15,6 +15,7 @@ from caprl_async.config import Blind, Config, EngineConfig, JudgeMode, WeightBac
 from caprl_async.endpoint.protocol import patience_s
 from caprl_async.judge.chat import clashes as endpoint_clashes
 from caprl_async.judge.prompt import ALWAYS, WITH_LETTERS, PromptError, check_placeholders
+from caprl_async.planning.estimate import GPUS
 
 JOBS = {
     "train": conf_files.problems,
@@ -22,6 +23,7 @@ JOBS = {
     "evaluate": conf_files.evaluate_problems,
     "compare": conf_files.compare_problems,
     "curate": conf_files.curate_problems,
+    "plan": conf_files.plan_problems,
     "inspect": conf_files.run_problems,
     "replay": conf_files.run_problems,
 }
@@ -111,6 +113,7 @@ def _choices(config: Config) -> Iterator[str]:
         ("rollout.engine.dtype", ENGINE_DTYPES),
         ("judge.engine.dtype", ENGINE_DTYPES),
         *((f"{who}.engine.dtype", ENGINE_DTYPES) for who in WRITERS),
+        ("plan.gpu", tuple(GPUS)),
         ("observe.log_level", ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")),
     ):
         value = value_of(config, key)

@@ -43,6 +43,16 @@ def problems(config: Config) -> Iterator[str]:
     yield from _resume(config)
 
 
+def plan_problems(config: Config) -> Iterator[str]:
+    """The same for the job that plans: configs of checkpoints are enough, without weights."""
+    models = {"policy.model": config.policy.model}
+    if not config.judge.endpoint.url:
+        models["judge.model"] = config.judge.model
+    for key, folder in models.items():
+        if not (Path(folder) / "config.json").is_file():
+            yield f"{key}={folder} holds no config.json; job=plan needs that of a Hugging Face checkpoint"
+
+
 def run_problems(config: Config) -> Iterator[str]:
     """The same for jobs that read what a run has left."""
     folder = Path(config.run)

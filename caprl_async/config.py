@@ -397,6 +397,22 @@ class CurateConfig:
 
 
 @dataclass
+class PlanConfig:
+    """What a conf is planned for; the shares are those that were measured (docs/plan.md)."""
+
+    gpu: str = key("h100", "a10g | l40s | rtx4090 | a100_40 | a100_80 | h100 | h200 | b200")
+    gpus: int = key(8, "GPUs that the best split may use")
+    link_gb_s: float = key(50.0, "GB/s of the slowest link between learner and engines (NVLink: 450)")
+    prompt_tokens: int = key(40, "of a prompt, beside the image")
+    caption_tokens: float = key(512.0, "of a caption, on average")
+    questions: int = key(3, "asked about an image, on average")
+    question_tokens: float = key(120.0, "of a question with its options and what stands around it")
+    train_share: float = key(0.4, "of a GPU's operations that the learner reaches")
+    prefill_share: float = key(0.45, "the same of engines that read")
+    decode_share: float = key(0.6, "of its memory's bandwidth that engines reach that write")
+
+
+@dataclass
 class CheckpointConfig:
     """What is kept."""
 
@@ -467,9 +483,9 @@ class Config:
 
     job: str = key(
         "train",
-        "what to do: train | curate (makes questions) | annotate (captions images) | evaluate (measures "
-        "captions) | compare (evaluations, side by side) | inspect (what a run recorded) | replay (trains on "
-        "it)",
+        "what to do: train | plan (says what it would need) | curate (makes questions) | annotate (captions "
+        "images) | evaluate (measures captions) | compare (evaluations, side by side) | inspect (what a run "
+        "recorded) | replay (trains on it)",
     )
     run_dir: str = key("runs/run", "everything the job writes is in here")
     resume: bool = key(False, "go on with the run that run_dir holds")
@@ -496,6 +512,7 @@ class Config:
     curate: CurateConfig = field(default_factory=CurateConfig)
     prism: PrismConfig = field(default_factory=PrismConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     ring: RingConfig = field(default_factory=RingConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)

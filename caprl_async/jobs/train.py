@@ -16,6 +16,7 @@ from caprl_async import conf
 from caprl_async.algorithm import CapRL, CapRLConfig
 from caprl_async.config import Config
 from caprl_async.observe.alarms import Alarms
+from caprl_async.observe.gauges import Gauges
 from caprl_async.observe.metrics import MetricsWriter
 from caprl_async.observe.names import METRICS
 from caprl_async.observe.overlap import overlap_from_ledger
@@ -114,6 +115,7 @@ class _Training:
     def _train(self) -> None:
         config = self.config
         alarms = Alarms(config.observe.bands, self.run_dir)
+        gauges = Gauges(self.run_dir.resolve().name)
         with MetricsWriter(self.run_dir) as writer, Progress(config.steps, self.console) as progress:
             while self.ring.version.step < config.steps:
                 self.algorithm.train()
@@ -123,7 +125,9 @@ class _Training:
                     metrics |= self._evaluate(f"step-{step:06d}", "policy").flat()
                 for text in alarms.check(step, metrics):
                     self.console.print(text, style="bold red", markup=False, soft_wrap=True)
-                writer.write(step, {**metrics, "alarms": alarms.raised})
+                metrics |= {"alarms": alarms.raised}
+                writer.write(step, metrics)
+                gauges.set(metrics)
                 progress.show(step, metrics)
                 self._saved(wait=False)
                 if step % config.checkpoint.interval == 0 or step == config.steps:
