@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from omegaconf import OmegaConf
+from pyarrow.fs import LocalFileSystem
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_LEARNER_GROUP, COMPONENT_RL_MODULE
@@ -20,6 +21,7 @@ from ray.rllib.core.rl_module.multi_rl_module import MultiRLModuleSpec
 from ray.rllib.utils.checkpoints import Checkpointable
 from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME, NUM_ENV_STEPS_TRAINED_LIFETIME
 from ray.tune import PlacementGroupFactory
+from ray.util.placement_group import get_current_placement_group
 
 from caprl_async import conf, conf_checks
 from caprl_async.config import Config
@@ -155,10 +157,10 @@ class CapRL(Algorithm):
     def setup(self, config: AlgorithmConfig) -> None:
         super().setup(config)
         assert isinstance(self.config, CapRLConfig)
-        in_trial = bool(self.trial_id and self.trial_id != "default")
+        in_trial = get_current_placement_group() is not None  # Tune's; this actor is in its first bundle
         self.conf = self.config.as_conf
         if in_trial:  # what a ring writes stays within its trial
-            self.conf = dataclasses.replace(self.conf, run_dir=str(pathlib.Path(self.logdir).resolve()))
+            self.conf = dataclasses.replace(self.conf, run_dir=self._trial_folder())
         self.ring = Supervisor(self.conf, say=type(self).on_message, first_bundle=1 if in_trial else 0)
         self.learner_group.ring = self.ring
         try:
@@ -166,6 +168,13 @@ class CapRL(Algorithm):
         except BaseException:
             self.ring.stop()
             raise
+
+    def _trial_folder(self) -> str:
+        """Where Tune keeps the trial's results; with a storage that is no file system, its working folder."""
+        storage: Any = self._storage
+        if storage is not None and isinstance(storage.storage_filesystem, LocalFileSystem):
+            return str(storage.trial_fs_path)
+        return str(pathlib.Path(self.logdir).resolve())
 
     def training_step(self) -> None:
         self.ring.open_admission()
