@@ -221,4 +221,5 @@ class CapRL(Algorithm):
         filled = cls.get_default_config().update_from_dict(config)
         assert isinstance(filled, CapRLConfig)
         actors = roster(filled.as_conf, first_bundle=1)
-        return PlacementGroupFactory([{"CPU": 0.1}, *(spec.resources for spec in actors.all)])
+        bundles = [{"CPU": 0.1}, *(spec.resources for spec in actors.all)]
+        return PlacementGroupFactory(bundles, bundle_label_selector=[{}, *actors.labels])

@@ -120,6 +120,11 @@ def _choices(config: Config) -> Iterator[str]:
         if value not in allowed:
             yield f"{key}={value} is none of {' | '.join(allowed)}"
 
+    for role in ("rollout", "judge", "learner"):
+        label = value_of(config, f"ring.{role}_label")
+        if label and not all(label.partition("=")):
+            yield f"ring.{role}_label={label} is not of the form key=value"
+
 
 # ---------------------------------------------------------------- keys against each other
 

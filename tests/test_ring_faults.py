@@ -131,12 +131,19 @@ def test_a_damaged_checkpoint_is_passed_over_and_without_any_it_begins_again(
     assert (audit["violations"], audit["ended"]["trained"]) == ([], 8)
 
 
+def _node(actor: Any) -> str:
+    """The node that an actor is on."""
+    from ray._private.state import actors
+
+    return str(actors(actor._actor_id.hex())["Address"]["NodeID"])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_node_that_is_lost_is_made_up_for_by_another(
     tmp_path: Path, stopped: list[Supervisor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Everything but the driver may lie on it: queue, engines, learner."""
+    """Engines lie on it and maybe the queue; the learner, by its label, on a node of its own."""
     monkeypatch.setenv("RAY_AUTH_TOKEN", os.environ.get("RAY_AUTH_TOKEN", secrets.token_hex(32)))
     monkeypatch.setenv("RAY_raylet_start_wait_time_s", "120")  # a busy machine needs longer than Ray's 30
     import ray
@@ -144,27 +151,33 @@ def test_a_node_that_is_lost_is_made_up_for_by_another(
 
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
-        first = nodes.add_node(num_cpus=2)
+        first = nodes.add_node(num_cpus=1, num_gpus=2, labels={"caprl": "engines"})
+        other = nodes.add_node(num_cpus=1, labels={"caprl": "learner"})
         config = conf.load(
             [
                 *("conf=conf/demo.yaml", f"run_dir={tmp_path}", "replay.batch_groups=4", *SMALL),
-                f"ring.address={nodes.address}",
+                *(f"ring.address={nodes.address}", "ring.gpus_per_rollout=1", "ring.gpus_per_judge=1"),
+                *(f"ring.{role}_label=caprl=engines" for role in ("rollout", "judge")),
+                "ring.learner_label=caprl=learner",
             ]
         )
         ring = Supervisor(config)
         stopped.append(ring)
         ring.start()
+        assert _node(ring.rollouts[0]) == _node(ring.judges[0]) == first.node_id
+        assert _node(ring.learners[0]) == other.node_id
         ring.open_admission()
         for _ in range(2):
             ring.step()
         _checkpoint(ring)
-        nodes.add_node(num_cpus=2)
+        second = nodes.add_node(num_cpus=1, num_gpus=2, labels={"caprl": "engines"})
         nodes.remove_node(first, allow_graceful=False)
         while ring.version < Version(1, 5):  # a step that the dead learner still made comes again
             ring.step()
         ring.finish()
         audit = ring.audit()
         assert (audit["violations"], audit["ended"]["trained"]) == ([], 5 * 4)
+        assert _node(ring.rollouts[0]) == _node(ring.judges[0]) == second.node_id
         ring.stop()
     finally:
         ray.shutdown()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -27,6 +28,7 @@ class ActorSpec:
     gpus: float
     restarts: bool  # Ray starts it again; a learner rank, which cannot go on alone, is not
     concurrency: int  # control calls it may run at one time
+    label: Mapping[str, str] = field(default_factory=dict)  # of the nodes that it may be placed on
 
     @property
     def resources(self) -> dict[str, float]:
@@ -48,6 +50,11 @@ class Roster:
     def all(self) -> tuple[ActorSpec, ...]:
         return (self.hub, *self.rollouts, *self.judges, *self.heldout_judges, *self.learners)
 
+    @property
+    def labels(self) -> list[dict[str, str]]:
+        """Of each bundle."""
+        return [dict(spec.label) for spec in self.all]
+
 
 def roster(config: Config, *, first_bundle: int = 0) -> Roster:
     """The actors that `config` asks for. `first_bundle` skips the bundles of whoever drives the ring."""
@@ -59,19 +66,21 @@ def roster(config: Config, *, first_bundle: int = 0) -> Roster:
     bundles = iter(range(first_bundle, 1 << 30))
 
     def group(
-        names: list[str], gpus: float, *, restarts: bool = True, concurrency: int = 100
+        names: list[str], gpus: float, label: str = "", *, restarts: bool = True, concurrency: int = 100
     ) -> tuple[ActorSpec, ...]:
+        where = dict([label.split("=", 1)]) if label else {}
         return tuple(
-            ActorSpec(name, next(bundles), ring.cpus_per_actor, gpus, restarts, concurrency) for name in names
+            ActorSpec(name, next(bundles), ring.cpus_per_actor, gpus, restarts, concurrency, where)
+            for name in names
         )
 
     return Roster(
         hub=group([HUB], 0.0)[0],
-        rollouts=group(names, ring.gpus_per_rollout),
-        judges=group(judges, 0.0 if config.judge.endpoint.url else ring.gpus_per_judge),
-        heldout_judges=group(heldout, ring.gpus_per_judge),
+        rollouts=group(names, ring.gpus_per_rollout, ring.rollout_label),
+        judges=group(judges, 0.0 if config.judge.endpoint.url else ring.gpus_per_judge, ring.judge_label),
+        heldout_judges=group(heldout, ring.gpus_per_judge, ring.judge_label),
         # Threads, not asyncio: a rank sends a snapshot while it trains on the next batch.
-        learners=group(ranks, ring.gpus_per_learner, restarts=False, concurrency=6),
+        learners=group(ranks, ring.gpus_per_learner, ring.learner_label, restarts=False, concurrency=6),
     )
 
 
@@ -85,10 +94,13 @@ def reserve(actors: Roster, timeout_s: float) -> tuple[PlacementGroup, bool]:
     if current is not None:
         return current, False
     bundles = [spec.resources for spec in actors.all]
-    group = placement_group(bundles, strategy="PACK", name="caprl-ring")
+    labels = actors.labels
+    group = placement_group(bundles, strategy="PACK", name="caprl-ring", bundle_label_selector=labels)
     if not group.wait(timeout_s):
+        nodes = [node["Labels"] for node in ray.nodes() if node["Alive"]]
+        where = f" on nodes labelled {labels} (there are {nodes})" if any(labels) else ""
         raise TimeoutError(
-            f"no place for the ring: it needs {bundles}, the cluster has {ray.cluster_resources()}; "
+            f"no place for the ring: it needs {bundles}{where}, the cluster has {ray.cluster_resources()}; "
             "use fewer actors (rollout.num_actors, judge.num_actors, learner.num_ranks) or a larger cluster"
         )
     return group, True
