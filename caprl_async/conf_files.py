@@ -14,7 +14,7 @@ from typing import Any
 from caprl_async.benchmarks.table import BENCHMARKS, CAPRL_QA, GRADED
 from caprl_async.conf_help import value_of
 from caprl_async.config import Config, JudgeMode, WriterConfig
-from caprl_async.prism.runs import EVALUATED
+from caprl_async.prism.names import EVALUATED
 
 INPUT_FILES = {"data.train": True, "data.heldout": False, "evaluate.heldout_judge.data": False}
 """Keys that name a data file, and whether the run needs one."""

@@ -27,8 +27,9 @@ from caprl_async.jobs.annotate import SOME_FAILED
 from caprl_async.prism import by_answerer, by_judge, page
 from caprl_async.prism.captions import Captions, captions_of, measures
 from caprl_async.prism.compare import Side
+from caprl_async.prism.names import IMAGES, QUESTIONS, RESULT
 from caprl_async.prism.passes import Passes
-from caprl_async.prism.runs import IMAGES, QUESTIONS, RESULT, ImageLine, QuestionLine, read_run, write_lines
+from caprl_async.prism.runs import ImageLine, QuestionLine, read_run, write_lines
 from caprl_async.prism.told import Examined, Figures, figures
 from caprl_async.ring.errors import RingFailed
 from caprl_async.stream import on_ray

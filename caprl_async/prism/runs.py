@@ -13,13 +13,8 @@ import msgspec
 from caprl_async.benchmarks.items import Item
 from caprl_async.data.rows import DataError
 from caprl_async.files import write_bytes
+from caprl_async.prism.names import IMAGES, QUESTIONS, RESULT
 from caprl_async.prism.told import Told
-
-RESULT = "result.json"
-QUESTIONS = "scores.jsonl"
-IMAGES = "images.jsonl"
-EVALUATED = (RESULT, QUESTIONS, IMAGES)
-"""Names of the files: the figures; a line per question; a line per image."""
 
 _T = TypeVar("_T")
 
