@@ -1,9 +1,10 @@
 """The ring as a discrete-event simulation (simpy): engines, judges, queue, learners, weight syncs, deaths.
 
-What it takes from the real ring: work is leased by credit to whoever has a lane free; at most
-(max_staleness + 1) batches of groups are admitted beyond what is trained; a batch is cut from what is ready,
-oldest first; the learner goes on while weights travel, and only the newest weights are sent; an engine stands
-still while it receives; the queue is one process that takes a little time for each message.
+What it takes from the real ring: work is leased to whoever has a lane free; a group is admitted only if, by
+its place in the order, it would be trained at most max_staleness versions after the one that its engine has;
+a batch is cut from what is ready, oldest first, and what is too old is captioned again; the learner goes on
+while weights travel, and only the newest weights are sent; an engine stands still while it receives; the
+queue is one process that takes a little time for each message.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class Outcome:
     idle: dict[str, float]  # share of a role's time
     staleness: float  # mean, in batches
     wasted: float  # share of the groups that were captioned in vain: stale or lost with an engine
-    sync_s: float  # from the end of a step until every engine has its weights
+    sync_s: float  # of one transfer to all engines
 
 
 def luck(sigma: float, draws: random.Random) -> float:
@@ -107,6 +108,7 @@ class _Engine:
         self.held = 0.0  # seconds of all standstills so far
         self.until = 0.0  # when the last one ends
         self.deaths = 0
+        self.news: simpy.Event | None = None  # that lanes without admission wait for
         self.busy = 0.0  # lane-seconds of work that counted
 
     def hold(self, now: float, seconds: float) -> None:
@@ -121,7 +123,7 @@ class Simulation:
         self.loads, self.design = loads, design
         self.env = simpy.Environment()
         self.draws = random.Random(seed)
-        self.credit = simpy.Container(self.env, init=(design.max_staleness + 1) * design.batch)
+        self.admitted = 0  # groups so far, but for those that came to nothing
         self.to_judge: simpy.Store = simpy.Store(self.env)
         self.ready: deque[_Group] = deque()
         self.arrived = self.env.event()
@@ -181,7 +183,10 @@ class Simulation:
     def _lane(self, engine: _Engine) -> Events:
         loads = self.loads
         while True:
-            yield self.credit.get(1)
+            while self.admitted // self.design.batch - engine.version > self.design.max_staleness:
+                engine.news = engine.news or self.env.event()
+                yield engine.news
+            self.admitted += 1
             yield from self._message()
             while self.env.now < engine.until:
                 yield self.env.timeout(engine.until - self.env.now)
@@ -192,8 +197,7 @@ class Simulation:
                 yield self.env.timeout(left)
                 left, held = engine.held - held, engine.held
             if engine.deaths > deaths:  # what it had is lost and leased again
-                self.vain += 1
-                yield self.credit.put(1)
+                self._in_vain(1)
                 continue
             engine.busy += work
             yield from self._message()
@@ -227,7 +231,6 @@ class Simulation:
             self.ages += [float(self.version - group.version) for group in batch]
             self.version += 1
             self.trained.append(self.env.now)
-            yield self.credit.put(design.batch)
             yield self.env.timeout(loads.snapshot)
             if not self.sending:
                 self.sending = True
@@ -239,8 +242,7 @@ class Simulation:
         stale = [group for group in self.ready if group.version < oldest]
         if stale:
             self.ready = deque(group for group in self.ready if group.version >= oldest)
-            self.vain += len(stale)
-            self.credit.put(len(stale))
+            self._in_vain(len(stale))
         if len(self.ready) < self.design.batch:
             return None
         chosen = sorted(self.ready, key=lambda group: group.version)[: self.design.batch]
@@ -248,16 +250,28 @@ class Simulation:
         self.ready = deque(group for group in self.ready if id(group) not in taken)
         return chosen
 
+    def _in_vain(self, groups: int) -> None:
+        """They leave, and others may be admitted in their place."""
+        self.vain += groups
+        self.admitted -= groups
+        for engine in self.engines:
+            self._tell(engine)
+
+    def _tell(self, engine: _Engine) -> None:
+        if engine.news is not None:
+            engine.news.succeed()
+            engine.news = None
+
     def _send(self) -> Events:
         """The newest weights to every engine, as often as there are newer ones."""
-        began, sent = self.env.now, -1
+        sent = -1
         while sent != self.version:
             sent = self.version
             for number, engine in enumerate(self.engines):
                 self.env.process(self._receive(engine, sent, *self._transfer(number)))
             whole = max(sum(self._transfer(number)) for number in range(len(self.engines)))
             yield self.env.timeout(whole)
-        self.syncs.append(self.env.now - began)
+            self.syncs.append(whole)
         self.sending = False
 
     def _transfer(self, number: int) -> tuple[float, float]:
@@ -278,6 +292,7 @@ class Simulation:
         engine.hold(self.env.now, still)
         yield self.env.timeout(still)
         engine.version = max(engine.version, version)
+        self._tell(engine)
 
     def _message(self) -> Events:
         if self.loads.message <= 0:
