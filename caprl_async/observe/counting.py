@@ -72,16 +72,19 @@ class Counting:
 
     def per_second(self) -> float:
         """Since the first rows came out, without those: before that models were loaded."""
-        since, before = self._first or (self._began, 0)
-        if self.done == before:
-            since, before = self._began, 0
+        since, before = self._first if self._first and self._timed() else (self._began, 0)
         return (self.done - before) / max(self._clock() - since, 1e-9)
 
     def _more(self) -> str:
-        failed = f"{self.failed} failed | " if self.failed else ""
-        return f"{failed}{self.per_second():.1f}/s"
+        failed = f"{self.failed} failed" if self.failed else ""
+        rate = f"{self.per_second():.1f}/s" if self._timed() else ""
+        return " | ".join(filter(None, (failed, rate)))
+
+    def _timed(self) -> bool:
+        """Whether rows have come out since the first ones, so that there is a rate."""
+        return self._first is not None and self.done > self._first[1]
 
     def _left(self) -> str:
-        if self._total is None or not self.done:
+        if self._total is None or not self._timed():
             return ""
         return f"{duration((self._total - self.done) / self.per_second())} left"
