@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
+from tool_kit import load_tool
 
 from caprl_async.config import RingConfig
 from caprl_async.observe import names
 from caprl_async.observe.gauges import ROWS, Gauges, dashboard, metric_name
 from caprl_async.ring import cluster
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def shown() -> set[str]:
@@ -25,11 +22,7 @@ def shown() -> set[str]:
 
 
 def test_the_dashboard_is_the_committed_one() -> None:
-    spec = importlib.util.spec_from_file_location("grafana", ROOT / "tools" / "grafana.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool("grafana")
     assert module.PATH.read_text(encoding="utf-8") == module.text(), "run: python tools/grafana.py"
 
 

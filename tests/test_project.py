@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+from tool_kit import load_tool
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_readme_lists_every_conf_key() -> None:
-    spec = importlib.util.spec_from_file_location("readme_keys", ROOT / "tools" / "readme_keys.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_tool("readme_keys")
     text = module.README.read_text(encoding="utf-8")
     assert module.with_keys(text) == text, "run: python tools/readme_keys.py"
 

@@ -228,7 +228,7 @@ class _Curation:
             ]
         return found
 
-    def _checked(self, candidates: Sequence[Candidate]) -> dict[str, Mapping[str, Any]]:
+    def _checked(self, candidates: Sequence[Candidate]) -> dict[str, dict[str, Any]]:
         config = self._config
         about = {**about_writer(config.checker), "permutations": config.curate.permutations}
         shards = self._shards(_CHECKED, about, CHECKED)
@@ -237,7 +237,7 @@ class _Curation:
         work = Checking(config.curate.permutations)
         stage = asking(config.checker, "checker", config.seed, work, CHECKED)
         self._pass(table_of(rows), len(rows), stage, shards, "images checked")
-        return {names[row["id"]]: row for row in shards.read() if row["id"] in names}
+        return shards.named(names)
 
     def _judged(self, candidates: Sequence[Candidate]) -> dict[str, list[list[float | None]]]:
         """Scores [caption][question]; the last caption is empty."""
@@ -250,7 +250,7 @@ class _Curation:
         names = {row["id"]: one.row_id for row, one in zip(rows, candidates, strict=True)}
         stage = judging(judge, self._config.seed, self._config.ring.gpus_per_judge)
         self._pass(table_of(rows), len(rows), stage, shards, "images judged")
-        return {names[row["id"]]: row["scores"] for row in shards.read() if row["id"] in names}
+        return {row_id: row["scores"] for row_id, row in shards.named(names).items()}
 
     # ------------------------------------------------------------ the result
 

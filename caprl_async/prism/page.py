@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def rows(sides: Sequence[Side]) -> list[tuple[str, str, list[str]]]:
     """(name, meaning, text per run) of the figures that some run has."""
     found = [(name, what, [read(side.run.result) for side in sides]) for name, what, read in FIGURES]
     if len(sides) > 1:
-        better = ["" if side.better is None else _interval(_signed(side)) for side in sides]
+        better = ["" if side.better is None else _interval(asdict(side.better)) for side in sides]
         found.insert(1, ("better by", "than the first, on the same questions", better))
     return [row for row in found if any(row[2])]
 
@@ -78,8 +79,3 @@ def write(sides: Sequence[Side], path: Path, images: int) -> Path:
         shown=[(one, data_uri(Path(one.path))) for one in pictures],
     )
     return write_page(path, page)
-
-
-def _signed(side: Side) -> dict[str, Any]:
-    assert side.better is not None
-    return {"mean": side.better.mean, "low": side.better.low, "high": side.better.high}

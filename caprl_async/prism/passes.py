@@ -64,7 +64,7 @@ class Passes:
         stage = asking(model, key, self._config.seed, Texts(self._config.seed), ANSWERED)
         rows = rows_of({name: prompts[item_id] for name, item_id in names.items()})
         self._run(rows, len(names), stage, shards, what)
-        return {names[row["id"]]: row["answers"] for row in shards.read() if row["id"] in names}
+        return {item_id: row["answers"] for item_id, row in shards.named(names).items()}
 
     def verdicts(self, rows: Sequence[Row]) -> dict[str, Row]:
         """id -> its row of JUDGED, of rows made by `judged_row`."""
@@ -76,7 +76,7 @@ class Passes:
         names = {one["id"]: row["id"] for one, row in zip(asked, rows, strict=True)}
         stage = judging(judge, self._config.seed, self._config.ring.gpus_per_judge)
         self._run(table_of(asked), len(rows), stage, shards, "images judged")
-        return {names[row["id"]]: row for row in shards.read() if row["id"] in names}
+        return shards.named(names)
 
     def _shards(self, name: str, about: Mapping[str, Any], schema: pa.Schema) -> Parquet:
         with explained():

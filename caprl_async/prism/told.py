@@ -38,11 +38,8 @@ class Figures:
     caption_qa: Interval | None  # of choice questions that offer not to answer, about what is there
 
     def as_json(self) -> dict[str, Any]:
-        floors = {name: asdict(value) if value else None for name, value in self._others().items()}
-        return {**asdict(self.summary), **floors}
-
-    def _others(self) -> dict[str, Interval | None]:
-        return {"blind": self.blind, "ceiling": self.ceiling, "caption_qa": self.caption_qa}
+        told = asdict(self)
+        return {**told.pop("summary"), **told}
 
 
 def figures(items: Sequence[Item], told: Examined, *, macro: bool, seed: int) -> Figures | None:

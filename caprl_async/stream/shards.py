@@ -162,6 +162,10 @@ class Parquet(Shards):
                 for batch in opened.iter_batches(256):
                     yield from batch.to_pylist()
 
+    def named(self, names: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+        """The rows whose ids are keys of `names`, by what those stand for."""
+        return {names[row["id"]]: row for row in self.read() if row["id"] in names}
+
 
 class Conversations(Shards):
     """JSON lines as ShareGPT's: a turn that asks, and the caption."""
