@@ -11,7 +11,15 @@ from collections.abc import Iterator
 from caprl_async import conf_files, conf_help, conf_learner, conf_loss, conf_values
 from caprl_async.conf_bounds import BOUNDS, WRITERS
 from caprl_async.conf_help import value_of
-from caprl_async.config import Blind, Config, EngineConfig, JudgeMode, WeightBackend
+from caprl_async.config import (
+    Blind,
+    Config,
+    EngineConfig,
+    JudgeConfig,
+    JudgeMode,
+    RolloutConfig,
+    WeightBackend,
+)
 from caprl_async.endpoint.protocol import patience_s
 from caprl_async.judge.chat import clashes as endpoint_clashes
 from caprl_async.judge.prompt import ALWAYS, WITH_LETTERS, PromptError, check_placeholders
@@ -131,6 +139,8 @@ def _choices(config: Config) -> Iterator[str]:
 
 def _combinations(config: Config) -> Iterator[str]:
     yield from _device(config)
+    yield from _numbers("rollout", config.rollout)
+    yield from _numbers("judge", config.judge)
     yield from _engine("rollout.engine", config.rollout.engine, config)
     yield from _engine("judge.engine", config.judge.engine, config)
     yield from _sampling(config)
@@ -163,6 +173,14 @@ def _device(config: Config) -> Iterator[str]:
                     f"learner.device=cuda with ring.{key}=0: Ray hides the GPUs from an actor that "
                     f"reserves none; set ring.{key} (a fraction shares a GPU)"
                 )
+
+
+def _numbers(key: str, actors: RolloutConfig | JudgeConfig) -> Iterator[str]:
+    if 0 < actors.max_actors < actors.num_actors:
+        yield (
+            f"{key}.max_actors={actors.max_actors} is below {key}.num_actors={actors.num_actors}; "
+            "0 lets none join"
+        )
 
 
 def _engine(key: str, engine: EngineConfig, config: Config) -> Iterator[str]:

@@ -78,7 +78,8 @@ class PolicyConfig:
 class RolloutConfig:
     """Actors that caption."""
 
-    num_actors: int = key(1, "rollout actors, one vLLM engine each")
+    num_actors: int = key(1, "rollout actors that a ring starts with, one vLLM engine each")
+    max_actors: int = key(0, "more of them join up to this number while the cluster has room; 0: none")
     group_size: int = key(8, "captions per image (n)")
     temperature: float = key(1.0, "sampling temperature; top_p stays 1")
     max_tokens: int = key(1024, "longest caption, tokens")
@@ -129,7 +130,8 @@ class JudgeConfig:
     """Actors that answer questions from captions alone."""
 
     model: str = key("", "folder of a text-only Hugging Face checkpoint")
-    num_actors: int = key(1, "judge actors, one vLLM engine each")
+    num_actors: int = key(1, "judge actors that a ring starts with, one vLLM engine each")
+    max_actors: int = key(0, "more of them join up to this number while the cluster has room; 0: none")
     mode: JudgeMode = key(JudgeMode.expected, "expected | sample | likelihood | text")
     permutations: int = key(1, "option orders per question (expected), gold position balanced")
     draws: int = key(8, "sampled answers per caption (sample mode; N of the paper)")

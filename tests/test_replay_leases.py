@@ -81,3 +81,12 @@ def test_busy_share_is_of_the_last_seconds() -> None:
     share = peer.busy_share()
     assert share is not None
     assert share < 0.1
+
+
+def test_one_that_has_left_is_known_no_more_and_what_it_held_is_taken_back() -> None:
+    leases = joined()
+    number = leases.grant(leases.peers["rollout-0"], WORK, 0.0)
+    assert [held.number for held in leases.dismiss("rollout-0")] == [number]
+    assert leases.givable() == []
+    assert leases.heard(b"a", 1.0) is None
+    assert leases.dismiss("rollout-0") == []

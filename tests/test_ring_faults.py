@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,83 +128,6 @@ def test_a_damaged_checkpoint_is_passed_over_and_without_any_it_begins_again(
     ring.finish()
     audit = ring.audit()
     assert (audit["violations"], audit["ended"]["trained"]) == ([], 8)
-
-
-def _node(actor: Any) -> str:
-    """The node that an actor is on."""
-    from ray._private.state import actors
-
-    return str(actors(actor._actor_id.hex())["Address"]["NodeID"])
-
-
-@pytest.fixture
-def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A cluster on this machine; its head has no room for actors."""
-    monkeypatch.setenv("RAY_AUTH_TOKEN", os.environ.get("RAY_AUTH_TOKEN", secrets.token_hex(32)))
-    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "120")  # a busy machine needs longer than Ray's 30
-    import ray
-    from ray.cluster_utils import Cluster
-
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    yield made
-    ray.shutdown()
-    made.shutdown()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_roles_go_to_the_nodes_with_their_label(
-    tmp_path: Path, nodes: Any, stopped: list[Supervisor]
-) -> None:
-    engines = nodes.add_node(num_cpus=1, num_gpus=2, labels={"caprl": "engines"})
-    other = nodes.add_node(num_cpus=1, labels={"caprl": "learner"})
-    config = conf.load(
-        [
-            *("conf=conf/demo.yaml", f"run_dir={tmp_path}", "replay.batch_groups=4", *SMALL),
-            *(f"ring.address={nodes.address}", "ring.gpus_per_rollout=1", "ring.gpus_per_judge=1"),
-            *(f"ring.{role}_label=caprl=engines" for role in ("rollout", "judge")),
-            "ring.learner_label=caprl=learner",
-        ]
-    )
-    ring = Supervisor(config)
-    stopped.append(ring)
-    ring.start()
-    assert _node(ring.rollouts[0]) == _node(ring.judges[0]) == engines.node_id
-    assert _node(ring.learners[0]) == other.node_id
-    ring.open_admission()
-    assert ring.step()["groups"] == 4
-    ring.finish()
-    ring.stop()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_node_that_is_lost_is_made_up_for_by_another(
-    tmp_path: Path, nodes: Any, stopped: list[Supervisor]
-) -> None:
-    """Everything but the driver may lie on it: queue, engines, learner."""
-    first = nodes.add_node(num_cpus=2)
-    config = conf.load(
-        [
-            *("conf=conf/demo.yaml", f"run_dir={tmp_path}", "replay.batch_groups=4", *SMALL),
-            f"ring.address={nodes.address}",
-        ]
-    )
-    ring = Supervisor(config)
-    stopped.append(ring)
-    ring.start()
-    ring.open_admission()
-    for _ in range(2):
-        ring.step()
-    _checkpoint(ring)
-    nodes.add_node(num_cpus=2)
-    nodes.remove_node(first, allow_graceful=False)
-    while ring.version < Version(1, 5):  # a step that the dead learner still made comes again
-        ring.step()
-    ring.finish()
-    audit = ring.audit()
-    assert (audit["violations"], audit["ended"]["trained"]) == ([], 5 * 4)
-    ring.stop()
 
 
 @pytest.mark.slow

@@ -281,11 +281,11 @@ class EmulatedRing(Supervisor):
         super().__init__(config)
         self._times = times
 
-    def _spawn(self, spec: Any, actor_class: type, *args: Any) -> Any:
+    def _spawn(self, spec: Any, actor_class: type, *args: Any, group: Any = None) -> Any:
         ours = {RolloutActor: EmulatedRollout, JudgeActor: EmulatedJudge, LearnerActor: EmulatedLearner}
         if actor_class not in ours:
-            return super()._spawn(spec, actor_class, *args)
-        return super()._spawn(spec, ours[actor_class], *args, self._times)
+            return super()._spawn(spec, actor_class, *args, group=group)
+        return super()._spawn(spec, ours[actor_class], *args, self._times, group=group)
 
     def logs(self) -> dict[str, tuple[list[Span], list[Span]]]:
         """stage -> its device's spans of work, and its stops."""

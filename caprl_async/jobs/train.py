@@ -15,6 +15,7 @@ from rich.console import Console
 from caprl_async import conf
 from caprl_async.algorithm import CapRL, CapRLConfig
 from caprl_async.config import Config
+from caprl_async.jobs.scaling import ScaleFile
 from caprl_async.observe.alarms import Alarms
 from caprl_async.observe.gauges import Gauges
 from caprl_async.observe.metrics import MetricsWriter
@@ -74,6 +75,7 @@ class _Training:
         self.console = console
         self.rows: dict[str, Row] = {}
         self._writing: Path | None = None  # the checkpoint that is being written
+        self._scale_file = ScaleFile(run_dir)
         algorithm.learner_group.in_background = True
 
     def whole(self, began: float) -> None:
@@ -118,6 +120,7 @@ class _Training:
         gauges = Gauges(self.run_dir.resolve().name)
         with MetricsWriter(self.run_dir) as writer, Progress(config.steps, self.console) as progress:
             while self.ring.version.step < config.steps:
+                self._scale()
                 self.algorithm.train()
                 metrics = self.algorithm.step_metrics
                 step = self.ring.version.step
@@ -134,6 +137,14 @@ class _Training:
                     self._save(step)
                 if step == config.steps:  # a learner that dies now, and goes back, trains up to here again
                     self._saved(wait=True)
+
+    def _scale(self) -> None:
+        """As the user wants it now; what cannot be done costs nothing."""
+        try:
+            if wanted := self._scale_file.news():
+                self.ring.scale(rollouts=wanted.rollouts, judges=wanted.judges)
+        except ValueError as error:
+            _say(self.console, f"not scaled: {error}", "bold red")
 
     def _save(self, step: int) -> None:
         """Begins a checkpoint beside the next steps; what goes wrong costs this checkpoint and no more."""

@@ -67,6 +67,7 @@ ROWS: Mapping[str, tuple[Panel, ...]] = {
             "s",
             {"learner_step_s": "step", "learner_wait_s": "waits", "snapshot_s": "snapshot"},
         ),
+        Panel("Actors", "short", {"alive_rollout": "rollouts", "alive_judge": "judges"}),
         Panel("Weight sync", "s", {"weight_sync_s": "whole", "weight_sync_pause_s": "engines pause"}),
     ),
     "Trust": (

@@ -79,6 +79,11 @@ class Dispatch:
             if held is not None:
                 self._answer(held.work, message, now)
 
+    def dismiss(self, name: str, now: float) -> None:
+        """A peer has left for good: others get what it held."""
+        for held in self.leases.dismiss(name):
+            self._lose(held, f"{name} has left", now)
+
     def inherit(self, works: Iterable[GenerateWork], now: float) -> None:
         """Work that a hub which died had leased, one does not know to whom: who holds it says so soon."""
         until = now + self._config.peer_timeout_s

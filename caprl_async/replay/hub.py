@@ -146,6 +146,12 @@ class ReplayQueue:
         self._flow.is_open = True
         await self._pump()
 
+    async def dismiss(self, name: str) -> None:
+        """A rollout or judge has left for good, and its process is gone: others get its work at once."""
+        self._check()
+        self._dispatch.dismiss(name, time.time())
+        await self._pump()
+
     async def pause_admission(self) -> None:
         """No prompt is leased to rollouts any more; what is under way goes on."""
         self._check()

@@ -7,7 +7,7 @@ is never given twice to the same slot.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -93,6 +93,14 @@ class Leases:
         self.peers[hello.name] = self._by_identity[identity] = state
         return lost
 
+    def dismiss(self, name: str) -> list[Held]:
+        """A peer has left for good; what it held."""
+        peer = self.peers.pop(name, None)
+        if peer is None:
+            return []
+        self._by_identity.pop(peer.identity, None)
+        return self._take(held for held in self._leases.values() if held.peer == name)
+
     def heard(self, identity: bytes, now: float) -> PeerState | None:
         """The peer behind a message; None if it has not said Hello."""
         state = self._by_identity.get(identity)
@@ -157,6 +165,12 @@ class Leases:
             if share is not None:
                 shares.setdefault(peer.hello.serves or peer.hello.role.value, []).append(share)
         return {name: sum(values) / len(values) for name, values in shares.items()}
+
+    def alive(self) -> dict[str, int]:
+        """Number of living peers, by role (judges by what they serve)."""
+        return dict(
+            Counter(peer.hello.serves or peer.hello.role.value for peer in self.peers.values() if peer.alive)
+        )
 
     def held_by_kind(self) -> dict[str, int]:
         """Number of leases, by kind of work."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -31,6 +31,10 @@ class ActorSpec:
     label: Mapping[str, str] = field(default_factory=dict)  # of the nodes that it may be placed on
 
     @property
+    def role(self) -> str:
+        return self.name.rpartition("-")[0] if self.name != HUB else HUB
+
+    @property
     def resources(self) -> dict[str, float]:
         """The placement bundle of this actor."""
         return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
@@ -55,32 +59,55 @@ class Roster:
         """Of each bundle."""
         return [dict(spec.label) for spec in self.all]
 
+    def plus(self, spec: ActorSpec) -> Roster:
+        """With one more rollout or judge."""
+        if spec.role == "rollout":
+            return replace(self, rollouts=(*self.rollouts, spec))
+        return replace(self, judges=(*self.judges, spec))
 
-def roster(config: Config, *, first_bundle: int = 0) -> Roster:
-    """The actors that `config` asks for. `first_bundle` skips the bundles of whoever drives the ring."""
-    ring = config.ring
-    names = [f"rollout-{i}" for i in range(config.rollout.num_actors)]
-    judges = [f"judge-{i}" for i in range(config.judge.num_actors)]
-    heldout = ["heldout-judge-0"] if config.evaluate.heldout_judge.model else []
-    ranks = [f"learner-{i}" for i in range(config.learner.num_ranks)]
-    bundles = iter(range(first_bundle, 1 << 30))
-
-    def group(
-        names: list[str], gpus: float, label: str = "", *, restarts: bool = True, concurrency: int = 100
-    ) -> tuple[ActorSpec, ...]:
-        where = dict([label.split("=", 1)]) if label else {}
-        return tuple(
-            ActorSpec(name, next(bundles), ring.cpus_per_actor, gpus, restarts, concurrency, where)
-            for name in names
+    def minus(self, name: str) -> Roster:
+        """Without this rollout or judge."""
+        return replace(
+            self,
+            rollouts=tuple(spec for spec in self.rollouts if spec.name != name),
+            judges=tuple(spec for spec in self.judges if spec.name != name),
         )
 
+
+def roster(config: Config, *, first_bundle: int = 0) -> Roster:
+    """The actors that a ring starts with. `first_bundle` skips the bundles of whoever drives it."""
+    bundles = iter(range(first_bundle, 1 << 30))
+
+    def group(role: str, number: int) -> tuple[ActorSpec, ...]:
+        return tuple(actor_spec(config, role, i, next(bundles)) for i in range(number))
+
     return Roster(
-        hub=group([HUB], 0.0)[0],
-        rollouts=group(names, ring.gpus_per_rollout, ring.rollout_label),
-        judges=group(judges, 0.0 if config.judge.endpoint.url else ring.gpus_per_judge, ring.judge_label),
-        heldout_judges=group(heldout, ring.gpus_per_judge, ring.judge_label),
-        # Threads, not asyncio: a rank sends a snapshot while it trains on the next batch.
-        learners=group(ranks, ring.gpus_per_learner, ring.learner_label, restarts=False, concurrency=6),
+        hub=ActorSpec(HUB, next(bundles), config.ring.cpus_per_actor, 0.0, True, 100),
+        rollouts=group("rollout", config.rollout.num_actors),
+        judges=group("judge", config.judge.num_actors),
+        heldout_judges=group("heldout-judge", int(bool(config.evaluate.heldout_judge.model))),
+        learners=group("learner", config.learner.num_ranks),
+    )
+
+
+def actor_spec(config: Config, role: str, index: int, bundle: int) -> ActorSpec:
+    """One actor of a role, in a bundle of its placement group."""
+    ring = config.ring
+    gpus, label = {
+        "rollout": (ring.gpus_per_rollout, ring.rollout_label),
+        "judge": (0.0 if config.judge.endpoint.url else ring.gpus_per_judge, ring.judge_label),
+        "heldout-judge": (ring.gpus_per_judge, ring.judge_label),
+        "learner": (ring.gpus_per_learner, ring.learner_label),
+    }[role]
+    learns = role == "learner"
+    return ActorSpec(
+        f"{role}-{index}",
+        bundle,
+        ring.cpus_per_actor,
+        gpus,
+        restarts=not learns,
+        concurrency=6 if learns else 100,  # threads: a rank sends a snapshot while it trains; else asyncio
+        label=dict([label.split("=", 1)]) if label else {},
     )
 
 

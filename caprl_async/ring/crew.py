@@ -81,7 +81,7 @@ class Crew:
         run_dir = str(Path(self.config.run_dir).resolve())
         hub = self._spawn(self._roster.hub, ReplayQueue, self.config, run_dir)
         address = self._address = self.get(hub.start.remote(self._keys, self._host), HUB)
-        started = self._start_engines(address)
+        started = self._start_engines()
         host, setups = self._start_learners(address)
         self._wait_ready({**setups, **started})
         self._publisher = Publisher(self._sync(host), self._ready_rollouts, self._restart, self._look)
@@ -94,19 +94,22 @@ class Crew:
     def _host(self) -> str:
         return "127.0.0.1" if self.config.ring.address == "local" else "auto"
 
-    def _start_engines(self, address: HubAddress) -> dict[str, Any]:
+    def _start_engines(self) -> dict[str, Any]:
+        self._say("starting vLLM engines: " + ", ".join(s.name for s in self._engine_specs()))
+        return {spec.name: self._start_engine(spec, self._group) for spec in self._engine_specs()}
+
+    def _start_engine(self, spec: ActorSpec, group: Any) -> Any:
+        """The call that starts it."""
         # Imported here: these modules are the actors', and the driver of a large ring needs neither.
         from caprl_async.judge.actor import JudgeActor
         from caprl_async.rollout.actor import RolloutActor
 
-        self._say("starting vLLM engines: " + ", ".join(s.name for s in self._engine_specs()))
-        for spec in self._roster.rollouts:
-            self._spawn(spec, RolloutActor, spec.name, self.config, address)
-        for spec in self._roster.judges:
-            self._spawn(spec, JudgeActor, spec.name, "judge", self.config, address)
-        for spec in self._roster.heldout_judges:
-            self._spawn(spec, JudgeActor, spec.name, "heldout", self.config, address)
-        return {spec.name: self._handles[spec.name].start.remote() for spec in self._engine_specs()}
+        if spec.role == "rollout":
+            handle = self._spawn(spec, RolloutActor, spec.name, self.config, self._address, group=group)
+        else:
+            serves = "judge" if spec.role == "judge" else "heldout"
+            handle = self._spawn(spec, JudgeActor, spec.name, serves, self.config, self._address, group=group)
+        return handle.start.remote()
 
     def _engine_specs(self) -> tuple[ActorSpec, ...]:
         return (*self._roster.rollouts, *self._roster.judges, *self._roster.heldout_judges)
@@ -178,10 +181,15 @@ class Crew:
         self._restarts[re.sub(r"-\d+$", "", name)] += 1
         most = self.config.ring.restarts
         if self.deaths[name] > most:
-            raise RingFailed(
+            error = RingFailed(
                 f"{name} has died {self.deaths[name]} times without one learner step in between "
                 f"(ring.restarts={most}); look into its log below /tmp/ray/session_latest/logs"
             )
+            self._cannot_go_on(name, error)
+
+    def _cannot_go_on(self, name: str, error: RingFailed) -> None:
+        """An actor is not to be started again; no ring goes on without one that it began with."""
+        raise error
 
     def restarts_by_role(self) -> dict[str, float]:
         """How often actors of each role have been started again."""
@@ -193,7 +201,9 @@ class Crew:
             return
         self._say(f"{name} died; starting it again")
         self._died(name)
-        handle = self._handles[name]
+        handle = self._handles.get(name)
+        if handle is None:  # it has been let go
+            return
         if name == HUB:
             assert self._address is not None
             port = int(self._address.endpoint.rpartition(":")[2])
@@ -216,6 +226,9 @@ class Crew:
                 (answer,) = wait_for([call], name, lambda _seconds, _idle: None)
             except ActorLost:
                 continue  # dead again: its next sign of life leads to `_revive`
+            except RingFailed as error:
+                self._cannot_go_on(name, error)
+                continue
             self._say(f"{name} is back")
             if name == HUB:
                 self._moved(answer)
@@ -239,7 +252,7 @@ class Crew:
 
     def _restart(self, name: str, reason: str) -> None:
         """An engine has not the weights that it should have."""
-        if name not in self._starting:
+        if name in self._handles and name not in self._starting:
             self._say(f"{name} has not the weights of {self.weights.wanted} ({reason}); restarting it")
             if self._watch is not None:
                 self._watch.kill(name)
@@ -384,7 +397,7 @@ class Crew:
     def _named(self, specs: Sequence[ActorSpec]) -> dict[str, ActorHandle]:
         return {spec.name: self._handles[spec.name] for spec in specs}
 
-    def _spawn(self, spec: ActorSpec, actor_class: type, *args: Any) -> ActorHandle:
-        handle = spawn(spec, self._group, actor_class, *args, life=self._lives)
+    def _spawn(self, spec: ActorSpec, actor_class: type, *args: Any, group: Any = None) -> ActorHandle:
+        handle = spawn(spec, group or self._group, actor_class, *args, life=self._lives)
         self._handles[spec.name] = handle
         return handle

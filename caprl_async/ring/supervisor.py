@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import msgspec
 import ray
@@ -20,12 +20,9 @@ from caprl_async.learner.actor import StepReport
 from caprl_async.replay.eval_spec import EvalResult, EvalSpec
 from caprl_async.replay.saved import read_saved
 from caprl_async.ring.checkpoints import RING, Checkpoints
-from caprl_async.ring.crew import Crew
+from caprl_async.ring.elastic import Elastic
 from caprl_async.ring.errors import LearnersLost, RingFailed, SaveFailed
 from caprl_async.types import FOREIGN, Version
-
-if TYPE_CHECKING:
-    pass
 
 T = TypeVar("T")
 
@@ -33,7 +30,7 @@ _FIRST_WORD_S = 30.0  # a step that takes longer explains itself
 _LOOK_S = 10.0  # between looks at the queue of a step that takes long
 
 
-class Supervisor(Crew):
+class Supervisor(Elastic):
     """One ring of actors. `start`, then `step` as often as wanted, `stop` in any case.
 
     Engines and the queue that die are started again beside the work. When a learner rank dies, all ranks

@@ -58,6 +58,10 @@ class Watch:
         """Watches an actor, instead of one of the same name."""
         self._actors[name] = _Watched(handle, restarts)
 
+    def forget(self, name: str) -> None:
+        """Watches it no longer."""
+        self._actors.pop(name, None)
+
     def look(self, now: float) -> None:
         """Collects answers and asks again when it is time; never blocks. `now` in monotonic seconds."""
         if self._looking:  # reviving makes control calls of its own, which come back here
