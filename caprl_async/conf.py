@@ -62,7 +62,7 @@ _INPUTS = (
     *("run", "data.images", "prism.data", "prism.captions_from"),
     *("curate.questions_from", "curate.exclude"),
 )
-_READ = (*_INPUTS, *_WRITERS, *conf_files.INPUT_FILES, *conf_files.INPUT_MODELS)
+_READ = (*_INPUTS, *_WRITERS, *conf_files.INPUT_FILES, *conf_files.INPUT_MODELS, conf_files.FURTHER_JUDGES)
 _SHOWN = 200  # characters of a wrong key or value
 _UNFIT = (OmegaConfBaseException, ValueError, OverflowError)
 """What OmegaConf raises at a value of a wrong type; ValueError: one of thousands of digits, which it cannot
@@ -405,12 +405,14 @@ def describe_type(wanted: Any) -> str:
 
 def _resolve_paths(config: Config, sources: dict[str, _Layer]) -> None:
     for key in (*_WRITTEN, *_READ):
-        text = conf_help.value_of(config, key)
-        if text:
+        value = conf_help.value_of(config, key)
+        if value:
             source = sources.get(key)
             folder = source.folder if source is not None and key in _READ else None
             room, name = conf_help.room_of(config, key)
             try:
-                setattr(room, name, resolve_path(text, folder))
+                one = isinstance(value, str)
+                resolved = resolve_path(value, folder) if one else [resolve_path(v, folder) for v in value]
+                setattr(room, name, resolved)
             except ConfError as error:
                 raise ConfError(f"{key}={error}") from error

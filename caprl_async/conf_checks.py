@@ -141,6 +141,7 @@ def _combinations(config: Config) -> Iterator[str]:
     yield from _device(config)
     yield from _numbers("rollout", config.rollout)
     yield from _numbers("judge", config.judge)
+    yield from _panel(config)
     yield from _engine("rollout.engine", config.rollout.engine, config)
     yield from _engine("judge.engine", config.judge.engine, config)
     yield from _sampling(config)
@@ -180,6 +181,23 @@ def _numbers(key: str, actors: RolloutConfig | JudgeConfig) -> Iterator[str]:
         yield (
             f"{key}.max_actors={actors.max_actors} is below {key}.num_actors={actors.num_actors}; "
             "0 lets none join"
+        )
+
+
+def _panel(config: Config) -> Iterator[str]:
+    judge = config.judge
+    models = 1 + len(judge.also)
+    if judge.also and judge.endpoint.url:
+        yield "judge.also with judge.endpoint.url: several judges are engines of ours; name judge.model too"
+    elif judge.num_actors < models:
+        yield (
+            f"judge.num_actors={judge.num_actors} with {models} models (judge.model, judge.also): each needs "
+            "an actor"
+        )
+    if config.evaluate.heldout_judge.model in judge.also:
+        yield (
+            "evaluate.heldout_judge.model is in judge.also: a judge that training uses cannot show that the "
+            "captions serve others"
         )
 
 

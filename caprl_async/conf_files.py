@@ -27,6 +27,9 @@ INPUT_MODELS = {
 }
 """Keys that name the folder of a checkpoint, and whether the run needs one."""
 
+FURTHER_JUDGES = "judge.also"
+"""The same, of which it may name several."""
+
 LEDGER = "ledger.sqlite"
 """The file of a run folder that holds every prompt's life, from the moment at which the queue is up."""
 
@@ -45,10 +48,11 @@ def problems(config: Config) -> Iterator[str]:
 
 def plan_problems(config: Config) -> Iterator[str]:
     """The same for the job that plans: configs of checkpoints are enough, without weights."""
-    models = {"policy.model": config.policy.model}
+    models = [("policy.model", config.policy.model)]
     if not config.judge.endpoint.url:
-        models["judge.model"] = config.judge.model
-    for key, folder in models.items():
+        models.append(("judge.model", config.judge.model))
+        models += [(FURTHER_JUDGES, path) for path in config.judge.also]
+    for key, folder in models:
         if not (Path(folder) / "config.json").is_file():
             yield f"{key}={folder} holds no config.json; job=plan needs that of a Hugging Face checkpoint"
 
@@ -195,6 +199,9 @@ def _models(config: Config) -> Iterator[str]:
         problem = _model_problem(key, Path(path), config)
         if problem:
             yield problem
+    for path in config.judge.also:
+        if problem := _model_problem(FURTHER_JUDGES, Path(path), config):
+            yield problem
 
 
 def _model_problem(key: str, folder: Path, config: Config) -> str | None:
@@ -237,7 +244,7 @@ def _too_long(key: str, folder: Path, architecture: dict[str, Any], config: Conf
     longest = text.get("max_position_embeddings")
     if key == "policy.model":
         engine, length = "rollout.engine", config.rollout.engine.max_model_len
-    elif key == "judge.model":
+    elif key in ("judge.model", FURTHER_JUDGES):
         engine, length = "judge.engine", config.judge.engine.max_model_len
     else:
         return None

@@ -132,6 +132,7 @@ class JudgeConfig:
     model: str = key("", "folder of a text-only Hugging Face checkpoint")
     num_actors: int = key(1, "judge actors that a ring starts with, one vLLM engine each")
     max_actors: int = key(0, "more of them join up to this number while the cluster has room; 0: none")
+    also: list[str] = key([], "further judge models: each group is asked by one of them all, in turn")
     mode: JudgeMode = key(JudgeMode.expected, "expected | sample | likelihood | text")
     permutations: int = key(1, "option orders per question (expected), gold position balanced")
     draws: int = key(8, "sampled answers per caption (sample mode; N of the paper)")

@@ -190,6 +190,8 @@ def test_wrong_types(load: Callable[..., Config], override: str, words: list[str
         (["replay.batch_groups=1", "learner.num_ranks=2"], ["replay.batch_groups=1", "learner.num_ranks=2"]),
         (["steps=0"], ["steps=0"]),
         (["judge.temperature=0"], ["judge.temperature=0", "judge.mode=expected"]),
+        (["judge.also=[pkg:tiny/models/heldout_judge]"], ["judge.num_actors=1", "2 models"]),
+        (["judge.also=[nowhere]", "judge.num_actors=2"], ["judge.also=", "nowhere"]),
         (["rollout.max_actors=1", "rollout.num_actors=2"], ["rollout.max_actors=1", "num_actors=2"]),
         (["judge.engine.max_num_batched_tokens=1000"], ["max_num_batched_tokens=1000", "max_model_len=4096"]),
         (["rollout.engine.block_size=16"], ["block_size=16", "learner.device=cpu", "32"]),

@@ -84,6 +84,25 @@ def test_a_killed_judges_work_goes_to_its_successor(tmp_path: Path) -> None:
     run(whole())
 
 
+def test_several_models_take_turns_and_each_group_is_asked_by_one(tmp_path: Path) -> None:
+    async def story() -> None:
+        config = make_config(tmp_path)
+        config.judge.also, config.judge.num_actors = ["another"], 2
+        judges = [StubJudge(), StubJudge("judge-1", serves="judge_1")]
+        async with running(config, tmp_path) as (queue, address), connected(address, StubRollout(), *judges):
+            learner = StubLearner(address)
+            await queue.open_admission()
+            for step in range(2):
+                assert await learner.batch(Version(0, step)) is not None
+            measured = await queue.step_metrics(Version(0, 1))
+        for parity, judge in enumerate(judges):
+            assert judge.seen
+            assert {lease.rotation % 2 for lease in judge.seen} == {parity}, "a rotation is a prompt's index"
+        assert measured["accuracy_judge"] == measured["accuracy_judge_1"] == pytest.approx(1 / 3)
+
+    run(story())
+
+
 def test_with_a_hung_judge_nothing_more_is_captioned_until_one_answers(tmp_path: Path) -> None:
     async def whole() -> None:
         config = make_config(tmp_path)

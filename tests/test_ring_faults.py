@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ def stopped() -> Iterator[list[Supervisor]]:
     cluster.disconnect()
 
 
+_ASKED = "select judged.peer, events.prompt_index from judged join events using (seq)"
+
+
 def _pid(handle: Any) -> int:
     import ray
 
@@ -58,6 +62,7 @@ def test_whoever_is_killed_or_hangs_comes_back_and_nothing_is_lost(
     """Kills of rollout and queue: test_tools_chaos.py."""
     said: list[str] = []
     short = ["ring.hang_timeout_s=10", "replay.peer_timeout_s=5", "observe.record_batches=true"]
+    short += ["judge.num_actors=2", "judge.also=[pkg:tiny/models/heldout_judge]"]
     config = conf.load(
         ["conf=conf/demo.yaml", f"run_dir={tmp_path}", "steps=20", "replay.batch_groups=4", *SMALL, *short]
     )
@@ -87,6 +92,9 @@ def test_whoever_is_killed_or_hangs_comes_back_and_nothing_is_lost(
     ring.finish()
 
     assert "judge-0 died; starting it again" in said
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as ledger:
+        asked = {(peer, index % 2) for peer, index in ledger.execute(_ASKED)}
+    assert asked == {("judge-0", 0), ("judge-1", 1)}, "two models take turns"
     assert sum("no sign of life" in text for text in said) == 2
     audit = ring.audit()
     assert (audit["violations"], audit["lost"], audit["doubled"]) == ([], 0, 0)

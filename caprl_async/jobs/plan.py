@@ -40,7 +40,7 @@ def run(config: Config) -> None:
     """
     console = Console()
     policy = _shape(config.policy.model, "policy.model")
-    judge = _shape(config.judge.model, "judge.model") if not config.judge.endpoint.url else None
+    judge = _largest_judge(config) if not config.judge.endpoint.url else None
     gpu, work = GPUS[config.plan.gpu], work_of(config, policy)
     gpus = gpus_of(config)
     memory = memory_of(config, policy, judge, work)
@@ -130,6 +130,12 @@ def seconds_of(config: Config, policy: Shape, judge: Shape | None, work: Work, g
         found["judge"] = judge_s(judge, work, gpu, rates)
     found["learner"] = learner_s(policy, work, gpu, rates, config.learner.freeze_vision)
     return found
+
+
+def _largest_judge(config: Config) -> Shape:
+    judges = [_shape(config.judge.model, "judge.model")]
+    judges += [_shape(folder, "judge.also") for folder in config.judge.also]
+    return max(judges, key=lambda shape: shape.parameters)
 
 
 def _shape(folder: str, key: str) -> Shape:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from caprl_async.config import Config, JudgeConfig, JudgeEndpointConfig
 from caprl_async.engine.types import EngineDied
 from caprl_async.judge.judge import Judge
+from caprl_async.judge.panel import model_of, panel
 from caprl_async.process import call_me, doing, whereabouts
 from caprl_async.types import Hello, Judged, JudgeLease, Role
 
@@ -23,24 +24,24 @@ if TYPE_CHECKING:
     from caprl_async.replay.peer import Peer
     from caprl_async.replay.transport import HubAddress
 
-SERVES = ("judge", "heldout")
 _WATCH_S = 1.0  # between looks at an engine that may have died while idle
 
 log = logging.getLogger(__name__)
 
 
 def judge_config(config: Config, serves: str) -> JudgeConfig:
-    """The judge that answers `serves` questions; the held-out judge differs in its model only.
+    """The judge that answers `serves` questions; judges differ in their model only.
 
     The held-out model is held by an engine of ours, also where the other judge is an endpoint.
 
     Raises:
         ValueError: there is no such judge.
     """
-    if serves not in SERVES:
-        raise ValueError(f"a judge serves one of {SERVES}, not {serves!r}")
-    if serves == "judge":
-        return config.judge
+    judges = panel(config.judge)
+    if serves in judges:
+        return dataclasses.replace(config.judge, model=model_of(config.judge, serves))
+    if serves != "heldout":
+        raise ValueError(f"a judge serves one of {(*judges, 'heldout')}, not {serves!r}")
     return dataclasses.replace(
         config.judge, model=config.evaluate.heldout_judge.model, endpoint=JudgeEndpointConfig()
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from caprl_async.config import ReplayConfig
@@ -46,14 +46,20 @@ class Dispatch:
     """
 
     def __init__(
-        self, config: ReplayConfig, on_error: Callable[[str, str], None], first_lease: int = 1
+        self,
+        config: ReplayConfig,
+        on_error: Callable[[str, str], None],
+        first_lease: int = 1,
+        judges: Sequence[str] = ("judge",),
     ) -> None:
+        """`judges`: without whom training cannot go on."""
         self.leases = Leases(config.lease_timeout_s, config.peer_timeout_s, first_lease)
         self.outbox: deque[Outgoing] = deque()
         self.acks: list[Outgoing] = []
         self.unexpected = 0  # messages of peers that had not said Hello
         self.breakers: dict[str, Breaker] = {}  # by what judges serve
         self._config = config
+        self._judges = judges
         self._on_error = on_error
         self._training_first = False
         self._orphans: dict[tuple[str, int], tuple[GenerateWork, float]] = {}  # with the time it is given up
@@ -183,7 +189,7 @@ class Dispatch:
     def _work_for(
         self, peer: PeerState, runs: list[tuple[WorkOwner, int]], training: WorkOwner, now: float
     ) -> Work | None:
-        if peer.hello.role is Role.ROLLOUT and self._breaker("judge").is_open:
+        if peer.hello.role is Role.ROLLOUT and any(self._breaker(name).is_open for name in self._judges):
             return None  # no captions that nobody would score
         owners = [owner for owner, _ in runs]
         if sum(waiting for _, waiting in runs) > _SMALL_EVAL and self._training_first:

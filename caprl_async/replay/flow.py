@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from caprl_async.config import Config
+from caprl_async.judge.panel import panel
 from caprl_async.replay.admission import capacity, may_caption
 from caprl_async.replay.events import Event, LedgerError
 from caprl_async.replay.ledger import Judged, Ledger
@@ -44,6 +45,7 @@ class TrainFlow:
     def __init__(self, config: Config, ledger: Ledger, on_error: Callable[[str, str], None]) -> None:
         self.config = config
         self._replay = config.replay
+        self._judges = panel(config.judge)
         self.ledger = ledger
         self._on_error = on_error
         self.is_open = False
@@ -142,21 +144,29 @@ class TrainFlow:
         return GenerateWork(self, life.prompt, engine)
 
     def next_judge(self, peer: str, serves: str, now: float) -> JudgeWork | None:
-        if serves != "judge" or self.finished:
+        if serves not in self._judges or self.finished:
             return None
-        while (life := pop_due(self.queue.to_judge, now)) is not None:
+
+        def theirs(life: Life) -> bool:
+            return self._asks(life) == serves
+
+        while (life := pop_due(self.queue.to_judge, now, theirs)) is not None:
             assert life.group is not None
             if not self.fresh(life.group):
                 self.retry(life, Retried.STALE)
                 continue
             prompt, texts = life.prompt, captions_to_judge(life, self.config)
             return JudgeWork(
-                self, prompt.key, prompt.attempt, texts, life.questions, prompt.index, "judge", peer
+                self, prompt.key, prompt.attempt, texts, life.questions, prompt.index, serves, peer
             )
         return None
 
     def waiting_judges(self) -> set[str]:
-        return {"judge"} if self.queue.to_judge and not self.finished else set()
+        return set() if self.finished else {self._asks(life) for life in self.queue.to_judge}
+
+    def _asks(self, life: Life) -> str:
+        """Which judges its captions are for."""
+        return self._judges[life.prompt.index % len(self._judges)]
 
     def generated(self, work: GenerateWork, group: CaptionGroup, now: float) -> None:
         life = self._of(work.key, work.attempt)
@@ -196,7 +206,8 @@ class TrainFlow:
         self._judged += 1
         judgement = score_group(life, verdicts, self.config)
         scored = judgement.scored
-        self.tally.judged(judgement.missing, totals(scored) if scored is not None else [])
+        rewards = totals(scored) if scored is not None else []
+        self.tally.judged(judgement.missing, rewards, work.serves)
         if scored is None:
             seq = self.evict(life, Evicted.UNSCORABLE)
         else:

@@ -20,6 +20,7 @@ from caprl_async.data.images import BadImage, ImageStore, image_folder
 from caprl_async.data.load import load_rows
 from caprl_async.data.rows import REJECTS, Dataset, Reject, Row, append_rejects
 from caprl_async.data.sampler import PromptSampler
+from caprl_async.judge.panel import panel
 from caprl_async.process import call_me, whereabouts
 from caprl_async.replay.dispatch import Dispatch
 from caprl_async.replay.eval_spec import EvalResult, EvalSpec
@@ -70,7 +71,8 @@ class ReplayQueue:
         self._error_counts: Counter[str] = Counter()
         self._flow = TrainFlow(config, self._ledger, self._on_error)
         self._flow.cut_listener = self._on_cut
-        self._dispatch = Dispatch(config.replay, self._on_error, self._ledger.count_up("hubs") << 32)
+        first_lease = self._ledger.count_up("hubs") << 32
+        self._dispatch = Dispatch(config.replay, self._on_error, first_lease, panel(config.judge))
         self._socket = HubSocket()
         self._tasks: list[asyncio.Task[None]] = []
         self._failure: BaseException | None = None
@@ -224,7 +226,7 @@ class ReplayQueue:
 
     def _needed_judges(self) -> set[str]:
         """Without a held-out judge the run goes on, unless an evaluation that someone awaits needs it."""
-        return {"judge"}.union(*(run.waiting_judges() for run in self._examiner.awaited))
+        return set(panel(self._config.judge)).union(*(run.waiting_judges() for run in self._examiner.awaited))
 
     async def _prepare(self) -> None:
         """Puts the images of the next prompts into the store, ahead of their admission."""

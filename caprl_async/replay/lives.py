@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -162,9 +162,9 @@ def totals(scored: ScoredGroup) -> list[float]:
     return [parts.total for parts in scored.rewards if parts.total is not None]
 
 
-def pop_due(waiting: list[Life], now: float) -> Life | None:
-    """Takes the first prompt whose time has come out of a list."""
+def pop_due(waiting: list[Life], now: float, wanted: Callable[[Life], bool] = lambda _: True) -> Life | None:
+    """Takes the first wanted prompt whose time has come out of a list."""
     for position, life in enumerate(waiting):
-        if life.not_before <= now:
+        if life.not_before <= now and wanted(life):
             return waiting.pop(position)
     return None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+import itertools
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,14 +52,14 @@ class Tally:
         self._retried: Counter[Retried] = Counter()
         self._rewards: list[float] = []
         self._missing: deque[tuple[Missing, ...]] = deque(maxlen=_MISSING)
-        self._accuracies: list[float] = []
+        self._accuracies: defaultdict[str, list[float]] = defaultdict(list)  # by judge model
         self._metrics: dict[Version, Measured] = {}
         self.last_failure = ""
 
-    def judged(self, missing: tuple[Missing, ...], rewards: Sequence[float]) -> None:
-        """Verdicts on a group have come."""
+    def judged(self, missing: tuple[Missing, ...], rewards: Sequence[float], judge: str = "judge") -> None:
+        """Verdicts on a group have come, from one of the judge models."""
         self._missing.append(missing)
-        self._accuracies += [one.accuracy for one in missing if one.accuracy is not None]
+        self._accuracies[judge] += [one.accuracy for one in missing if one.accuracy is not None]
         self._rewards.extend(rewards)
 
     def retried(self, reason: Retried) -> None:
@@ -89,7 +90,8 @@ class Tally:
             **batch_metrics(batch.groups, batch.version, self._config.max_staleness),
             **missing_metrics(self._missing),
             "reward_all_mean": mean(self._rewards),
-            "accuracy_all_mean": mean(self._accuracies),
+            "accuracy_all_mean": mean(itertools.chain.from_iterable(self._accuracies.values())),
+            **self._by_judge(),
             "zero_variance_groups": float(self._evicted[Evicted.FILTERED]),
             "unscorable_groups": float(self._evicted[Evicted.UNSCORABLE]),
             "failed_groups": float(self._evicted[Evicted.FAILED]),
@@ -97,9 +99,16 @@ class Tally:
             "failed_retries": float(self._retried[Retried.FAILED]),
         }
         self._metrics[batch.version] = Measured(numbers, batch, questions)
-        self._evicted, self._retried, self._rewards, self._accuracies = Counter(), Counter(), [], []
+        self._evicted, self._retried, self._rewards = Counter(), Counter(), []
+        self._accuracies.clear()
         for old in sorted(self._metrics)[:-_KEPT]:
             del self._metrics[old]
+
+    def _by_judge(self) -> dict[str, float]:
+        """Where several judge models take turns: what each finds."""
+        if len(self._accuracies) < 2:
+            return {}
+        return {f"accuracy_{name}": mean(found) for name, found in self._accuracies.items()}
 
     def has_measured(self, version: Version) -> bool:
         """Whether `measured` knows this batch."""

@@ -35,6 +35,11 @@ class ActorSpec:
         return self.name.rpartition("-")[0] if self.name != HUB else HUB
 
     @property
+    def index(self) -> int:
+        """Among the actors of its role."""
+        return int(self.name.rpartition("-")[2]) if self.name != HUB else 0
+
+    @property
     def resources(self) -> dict[str, float]:
         """The placement bundle of this actor."""
         return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}

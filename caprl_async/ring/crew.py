@@ -13,6 +13,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from caprl_async.config import Config
+from caprl_async.judge.panel import panel
 from caprl_async.learner.actor import LearnerActor, RanksDisagree
 from caprl_async.replay.hub import HubAsleep, ReplayQueue
 from caprl_async.replay.transport import HubAddress, HubKeys
@@ -107,7 +108,8 @@ class Crew:
         if spec.role == "rollout":
             handle = self._spawn(spec, RolloutActor, spec.name, self.config, self._address, group=group)
         else:
-            serves = "judge" if spec.role == "judge" else "heldout"
+            models = panel(self.config.judge)
+            serves = models[spec.index % len(models)] if spec.role == "judge" else "heldout"
             handle = self._spawn(spec, JudgeActor, spec.name, serves, self.config, self._address, group=group)
         return handle.start.remote()
 

@@ -16,6 +16,7 @@ import ray
 
 from caprl_async.config import Config
 from caprl_async.files import Digests
+from caprl_async.judge.panel import panel
 from caprl_async.learner.actor import StepReport
 from caprl_async.replay.eval_spec import EvalResult, EvalSpec
 from caprl_async.replay.saved import read_saved
@@ -254,7 +255,8 @@ class Supervisor(Elastic):
         down = "".join(
             f"; judges ({serves}) do not answer: {reason}" for serves, reason in status["judges_down"].items()
         )
-        held = "; nothing more is captioned" if "judge" in status["judges_down"] else ""
+        training = set(panel(self.config.judge))
+        held = "; nothing more is captioned" if training & set(status["judges_down"]) else ""
         self._say(
             f"{what} has taken {seconds:.0f} s so far{down}{held}; queue {status['queue']}, alive {alive}, "
             f"last errors: {errors}"
