@@ -37,6 +37,7 @@ __all__ = [
     "has_checkpoint",
     "has_run",
     "help_text",
+    "is_going_on",
     "is_resolved",
     "load",
     "markdown_table",
@@ -170,6 +171,18 @@ def run_folder(config: Config) -> Iterator[Path]:
         with _writing(folder):
             dump(_unresumed(config), folder / RESOLVED)
         yield folder
+
+
+def is_going_on(folder: Path) -> bool:
+    """Whether a run holds this folder now."""
+    try:
+        with (folder / ".lock").open("r+") as lock:
+            _lock(lock, folder)
+    except ConfError:
+        return True
+    except OSError:  # nothing has ever run here, or it is not ours to lock
+        return False
+    return False
 
 
 @contextmanager

@@ -32,6 +32,7 @@ JOBS = {
     "compare": conf_files.compare_problems,
     "curate": conf_files.curate_problems,
     "plan": conf_files.plan_problems,
+    "report": conf_files.run_problems,
     "inspect": conf_files.run_problems,
     "replay": conf_files.run_problems,
 }

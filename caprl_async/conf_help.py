@@ -26,6 +26,7 @@ python -m caprl_async.run conf=FILE [conf=FILE ...] [key=value ...]
   python -m caprl_async.run conf=conf/annotate.yaml data.images=my/images captioner.model=runs/demo/model
   python -m caprl_async.run conf=conf/evaluate.yaml prism.benchmark=chartqa prism.data=ChartQA_TEST.tsv ...
 
+  python -m caprl_async.run conf=conf/report.yaml run=runs/demo             # report.html, also of a live run
   python -m caprl_async.run conf=conf/inspect.yaml run=runs/demo            # what a run has recorded
   python -m caprl_async.run conf=conf/inspect.yaml run=runs/demo sample=train/17@0#3   # a caption's life
   python -m caprl_async.run conf=conf/replay.yaml run=runs/demo             # train again on its batches

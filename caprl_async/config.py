@@ -490,14 +490,14 @@ class Config:
     job: str = key(
         "train",
         "what to do: train | plan (says what it would need) | curate (makes questions) | annotate (captions "
-        "images) | evaluate (measures captions) | compare (evaluations, side by side) | inspect (what a run "
-        "recorded) | replay (trains on it)",
+        "images) | evaluate (measures captions) | compare (evaluations, side by side) | report (a run's "
+        "page) | inspect (what a run recorded) | replay (trains on it)",
     )
     run_dir: str = key("runs/run", "everything the job writes is in here")
     resume: bool = key(False, "go on with the run that run_dir holds")
     seed: int = key(0, "of everything that draws")
     steps: int = key(1000, "learner batches; replay: at most up to this one")
-    run: str = key("", "inspect, replay: the folder of the run that is looked at")
+    run: str = key("", "report, inspect, replay: the folder of the run that is looked at")
     sample: str = key("", "inspect: train/17, or an attempt of it, train/17@0, or a caption, train/17@0#3")
     begin: int = key(0, "replay: step of the kept checkpoint to begin at; 0: the policy's start")
     data: DataConfig = field(default_factory=DataConfig)

@@ -180,7 +180,7 @@ def _page(folder: Path) -> Page:
 def test_header_and_result(run_dir: Path) -> None:
     page = _page(run_dir)
     assert "+33.8 points by the judge" in page.sections[""]
-    for text in ("60 of 60", "8 min 32 s", "95% of the learner steps", "Python 3", "torch"):
+    for text in ("60 of 60", "8 min 32 s", "95% of the learner steps"):
         assert text in page.sections["run"]
     for row in table.TITLES.values():
         assert row in page.sections["result"]
@@ -190,7 +190,7 @@ def test_header_and_result(run_dir: Path) -> None:
 def test_every_chart_is_drawn_in_colours_of_the_theme(run_dir: Path) -> None:
     text = write_report(run_dir).read_text(encoding="utf-8")
     page = Page(text)
-    assert len(page.all("svg")) == len(CHARTS)
+    assert len(page.all("svg")) == len(CHARTS) + 1, "and the staleness of the whole run"
     for chart in CHARTS:
         assert chart.title in page.sections["curves"]
     for svg in re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL):
@@ -343,7 +343,7 @@ def test_half_written_files_do_not_stop_the_report(run_dir: Path) -> None:
     for name in ("metrics.jsonl", "samples.jsonl", "evals/trained.jsonl", "result.json"):
         path = run_dir / name
         path.write_text(path.read_text()[:-20])
-    assert len(_page(run_dir).all("svg")) == len(CHARTS)
+    assert len(_page(run_dir).all("svg")) == len(CHARTS) + 1
 
 
 def test_curves_skip_steps_that_lack_a_value_and_keep_the_mean() -> None:

@@ -17,6 +17,8 @@ from caprl_async.algorithm import CapRL, CapRLConfig
 from caprl_async.config import Config
 from caprl_async.jobs.scaling import ScaleFile
 from caprl_async.observe.alarms import Alarms
+from caprl_async.observe.diary import note
+from caprl_async.observe.environment import write_environment
 from caprl_async.observe.gauges import Gauges
 from caprl_async.observe.metrics import MetricsWriter
 from caprl_async.observe.names import METRICS
@@ -45,9 +47,13 @@ def run(config: Config) -> None:
 
 def _run(config: Config, run_dir: Path, console: Console) -> None:
     began = time.time()
-    CapRL.on_message = staticmethod(
-        lambda text: console.print(text, style="dim", markup=False, soft_wrap=True)
-    )
+    write_environment(run_dir)
+
+    def say(text: str) -> None:
+        console.print(text, style="dim", markup=False, soft_wrap=True)
+        note(run_dir, text)
+
+    CapRL.on_message = staticmethod(say)
     algorithm: CapRL | None = None
     try:
         cluster.connect(config.ring, log_level=config.observe.log_level)

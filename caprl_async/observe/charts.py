@@ -19,9 +19,11 @@ from caprl_async.observe.metrics import Row
 from caprl_async.replay.metrics import SHOWN_AGES
 
 # Matplotlib draws in these; in the SVG they become CSS variables, so that one drawing fits light and dark.
-_INK, _GRID = "#010203", "#040506"
-_SERIES = ("#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04")
-_CSS = {_INK: "var(--muted)", _GRID: "var(--grid)"} | {c: f"var(--series-{i})" for i, c in enumerate(_SERIES)}
+INK, GRID, BACK = "#010203", "#040506", "#070809"
+SERIES = ("#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04")
+_CSS = {INK: "var(--muted)", GRID: "var(--grid)", BACK: "var(--card)"} | {
+    c: f"var(--series-{i})" for i, c in enumerate(SERIES)
+}
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ def _draw(chart: Chart, rows: Sequence[Row]) -> Drawn | None:
         figure = Figure(figsize=(3.7, 2.0), layout="constrained")
         axes = figure.add_subplot()
         for i, (_, x, y) in enumerate(curves):
-            color = _SERIES[i % len(_SERIES)]
+            color = SERIES[i % len(SERIES)]
             axes.plot(x, y, color=color, linewidth=0.8, alpha=0.35)
             axes.plot(
                 x, smooth(y), color=color, linewidth=1.8, marker="o" if len(x) < 10 else "", markersize=4
@@ -208,16 +210,17 @@ def _draw(chart: Chart, rows: Sequence[Row]) -> Drawn | None:
         elif chart.percent:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.set_xlabel("step", color=_INK)
-        axes.tick_params(which="both", color=_GRID, labelcolor=_INK, length=0)
-        axes.grid(True, color=_GRID, linewidth=0.6)
+        axes.set_xlabel("step", color=INK)
+        axes.tick_params(which="both", color=GRID, labelcolor=INK, length=0)
+        axes.grid(True, color=GRID, linewidth=0.6)
         axes.spines[:].set_visible(False)
-        svg = _svg(figure, chart.title)
+        picture = svg(figure, f"{chart.title} by step")
     legend = tuple((i, line.label, _number(float(y[-1]), chart)) for i, (line, _, y) in enumerate(curves))
-    return Drawn(chart.title, chart.note, svg, legend)
+    return Drawn(chart.title, chart.note, picture, legend)
 
 
-def _svg(figure: Figure, title: str) -> str:
+def svg(figure: Figure, label: str) -> str:
+    """A drawing in the sentinel colours as inline SVG in those of the page; `label` is read to the blind."""
     buffer = io.StringIO()
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     text = buffer.getvalue()
@@ -230,7 +233,7 @@ def _svg(figure: Figure, title: str) -> str:
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
     for sentinel, css in _CSS.items():
         text = text.replace(sentinel, css)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{title} by step" ', 1)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
 
 
 def _number(value: float, chart: Chart) -> str:

