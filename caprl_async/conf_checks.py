@@ -23,6 +23,7 @@ from caprl_async.config import (
 from caprl_async.endpoint.protocol import patience_s
 from caprl_async.judge.chat import clashes as endpoint_clashes
 from caprl_async.judge.prompt import ALWAYS, WITH_LETTERS, PromptError, check_placeholders
+from caprl_async.observe import trackers
 from caprl_async.planning.estimate import GPUS
 
 JOBS = {
@@ -139,6 +140,7 @@ def _choices(config: Config) -> Iterator[str]:
 
 
 def _combinations(config: Config) -> Iterator[str]:
+    yield from trackers.problems(config.observe.trackers)
     yield from _device(config)
     yield from _numbers("rollout", config.rollout)
     yield from _numbers("judge", config.judge)

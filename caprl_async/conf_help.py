@@ -87,6 +87,12 @@ def room_of(config: Config, key: str) -> tuple[Any, str]:
     return room, name
 
 
+def flat(config: Config) -> dict[str, Any]:
+    """Every key with its value, enums by name."""
+    values = {leaf.key: value_of(config, leaf.key) for leaf in leaves()}
+    return {key: value.name if isinstance(value, enum.Enum) else value for key, value in values.items()}
+
+
 def value_of(config: Config, key: str) -> Any:
     room, name = room_of(config, key)
     return getattr(room, name)

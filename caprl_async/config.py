@@ -477,6 +477,7 @@ class ObserveConfig:
     """What a person sees."""
 
     samples_per_step: int = key(2, "caption groups written to samples.jsonl at each step")
+    trackers: list[str] = key(["tensorboard"], "of tensorboard, wandb, trackio, mlflow")
     gallery_images: int = key(12, "held-out images shown before and after in report.html")
     record_batches: bool = key(False, "keep every batch in batches/, as the learner got it, for job=replay")
     bands: BandsConfig = field(default_factory=BandsConfig)

@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard hold what was measured, also after a crash and a resume."""
+"""metrics.jsonl holds what was measured, also after a crash and a resume."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import json
 import math
 from pathlib import Path
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-from caprl_async.observe.metrics import TENSORBOARD, MetricsWriter, read_metrics
+from caprl_async.observe.metrics import MetricsWriter, read_metrics
 from caprl_async.observe.names import METRICS
 
 
@@ -18,18 +16,6 @@ def test_a_line_is_readable_as_soon_as_it_is_written(tmp_path: Path) -> None:
         (line,) = (tmp_path / METRICS).read_text().splitlines()
     row = json.loads(line, parse_constant=lambda name: AssertionError(name))
     assert (row["step"], row["reward_mean"], row["kl"], row["ratio_max"]) == (1, 0.5, None, None)
-
-
-def test_tensorboard_holds_the_points(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path) as writer:
-        for step in (1, 2, 3):
-            writer.write(step, {"reward_mean": step / 10, "kl": math.nan})
-    events = EventAccumulator(str(tmp_path / TENSORBOARD))
-    events.Reload()
-    points = events.Scalars("caprl/reward_mean")
-    assert [p.step for p in points] == [1, 2, 3]
-    assert math.isclose(points[2].value, 0.3, rel_tol=1e-6)
-    assert "caprl/kl" not in events.Tags()["scalars"]
 
 
 def test_after_a_resume_the_last_word_on_a_step_counts(tmp_path: Path) -> None:

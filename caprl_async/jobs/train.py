@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
 
-from caprl_async import conf
+from caprl_async import conf, conf_help
 from caprl_async.algorithm import CapRL, CapRLConfig
 from caprl_async.config import Config
 from caprl_async.jobs.scaling import ScaleFile
@@ -26,12 +27,15 @@ from caprl_async.observe.overlap import overlap_from_ledger
 from caprl_async.observe.progress import Progress
 from caprl_async.observe.report import write_report
 from caprl_async.observe.table import Row, print_table, reference_length, write_result
+from caprl_async.observe.trackers import Trackers, samples_of
 from caprl_async.replay.eval_spec import heldout_spec
 from caprl_async.ring import cluster
 from caprl_async.ring.checkpoints import RING
 from caprl_async.ring.errors import SaveFailed
 from caprl_async.ring.supervisor import Supervisor
 from caprl_async.types import FOREIGN
+
+_PICTURES = 50  # times in a run at which trackers get images
 
 
 def run(config: Config) -> None:
@@ -56,7 +60,7 @@ def _run(config: Config, run_dir: Path, console: Console) -> None:
     CapRL.on_message = staticmethod(say)
     algorithm: CapRL | None = None
     try:
-        cluster.connect(config.ring, log_level=config.observe.log_level)
+        cluster.connect(config.ring, log_level=config.observe.log_level, job=_about(config))
         algorithm = CapRLConfig().conf(config).build_algo()
         assert isinstance(algorithm, CapRL)
         job = _Training(config, run_dir, algorithm, console)
@@ -68,6 +72,18 @@ def _run(config: Config, run_dir: Path, console: Console) -> None:
         if (run_dir / METRICS).is_file():
             write_report(run_dir)
             console.print(f"report: {run_dir / 'report.html'}", markup=False)
+
+
+def _about(config: Config) -> dict[str, str]:
+    """What Ray's dashboard says of the job."""
+    judge = config.judge.endpoint.url or config.judge.model
+    return {
+        "run": Path(config.run_dir).resolve().name,
+        "captioner": config.policy.model,
+        "judge": judge,
+        "data": config.data.train,
+        "steps": str(config.steps),
+    }
 
 
 class _Training:
@@ -124,7 +140,14 @@ class _Training:
         config = self.config
         alarms = Alarms(config.observe.bands, self.run_dir)
         gauges = Gauges(self.run_dir.resolve().name)
-        with MetricsWriter(self.run_dir) as writer, Progress(config.steps, self.console) as progress:
+        trackers = Trackers(
+            config.observe.trackers, self.run_dir.resolve(), conf_help.flat(config), self._alarm
+        )
+        with (
+            MetricsWriter(self.run_dir) as writer,
+            Progress(config.steps, self.console) as progress,
+            closing(trackers),
+        ):
             while self.ring.version.step < config.steps:
                 self._scale()
                 self.algorithm.train()
@@ -137,6 +160,9 @@ class _Training:
                 metrics |= {"alarms": alarms.raised}
                 writer.write(step, metrics)
                 gauges.set(metrics)
+                trackers.log(step, {name: x for name, x in metrics.items() if math.isfinite(x)})
+                if step % max(1, config.steps // _PICTURES) == 0:
+                    trackers.show(step, samples_of(self.run_dir, step - 1))
                 progress.show(step, metrics)
                 self._saved(wait=False)
                 if step % config.checkpoint.interval == 0 or step == config.steps:
@@ -150,7 +176,10 @@ class _Training:
             if wanted := self._scale_file.news():
                 self.ring.scale(rollouts=wanted.rollouts, judges=wanted.judges)
         except ValueError as error:
-            _say(self.console, f"not scaled: {error}", "bold red")
+            self._alarm(f"not scaled: {error}")
+
+    def _alarm(self, text: str) -> None:
+        _say(self.console, text, "bold red")
 
     def _save(self, step: int) -> None:
         """Begins a checkpoint beside the next steps; what goes wrong costs this checkpoint and no more."""

@@ -1,4 +1,4 @@
-"""One flat dict of numbers per learner step, kept as `metrics.jsonl` and as TensorBoard events.
+"""One flat dict of numbers per learner step, kept as `metrics.jsonl`.
 
 Written by the driver, read by report.py and by whoever plots.
 """
@@ -13,21 +13,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tensorboard.compat.proto import event_pb2, summary_pb2
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
 from caprl_async.observe.names import METRICS
-
-TENSORBOARD = "tensorboard"
 
 Row = dict[str, float | None]
 
 
 class MetricsWriter:
-    """Appends to `run_dir/metrics.jsonl`, one flushed line per step, and to `run_dir/tensorboard`.
+    """Appends to `run_dir/metrics.jsonl`, one flushed line per step.
 
-    After a resume, or a rollback, steps are simply written again: `read_metrics` and TensorBoard take the
-    last word on each step.
+    After a resume, or a rollback, steps are simply written again: `read_metrics` takes the last word on each.
     """
 
     def __init__(self, run_dir: Path | str) -> None:
@@ -35,34 +29,16 @@ class MetricsWriter:
         folder.mkdir(parents=True, exist_ok=True)
         _end_last_line(folder / METRICS)
         self._lines = (folder / METRICS).open("a", encoding="utf-8")
-        self._events = EventFileWriter(str(folder / TENSORBOARD), flush_secs=10)
-        self._last: int | None = None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Keeps the metrics of one step. What is no finite number becomes null, and no TensorBoard point."""
-        now = time.time()
+        """Keeps the metrics of one step. What is no finite number becomes null."""
         row: Row = {name: _finite(value) for name, value in metrics.items()}
-        self._lines.write(json.dumps({"step": step, "time": now, **row}, allow_nan=False) + "\n")
+        line = {"step": step, "time": time.time(), **row}
+        self._lines.write(json.dumps(line, allow_nan=False) + "\n")
         self._lines.flush()
-        if self._last is None or step <= self._last:
-            self._forget_from(step, now)
-        self._last = step
-        points = [
-            summary_pb2.Summary.Value(tag=f"caprl/{name}", simple_value=value)
-            for name, value in row.items()
-            if value is not None
-        ]
-        event = event_pb2.Event(wall_time=now, step=step, summary=summary_pb2.Summary(value=points))
-        self._events.add_event(event)
-
-    def _forget_from(self, step: int, now: float) -> None:
-        """Tells TensorBoard that points at `step` and after it, from an earlier life, are void."""
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._events.add_event(event_pb2.Event(wall_time=now, step=step, session_log=start))
 
     def close(self) -> None:
         self._lines.close()
-        self._events.close()
 
     def __enter__(self) -> MetricsWriter:
         return self

@@ -89,6 +89,9 @@ class ReplayQueue:
             on_error=self._on_error,
         )
 
+    def __repr__(self) -> str:
+        return "replay-queue"
+
     # ------------------------------------------------------------ life
 
     async def start(

@@ -78,7 +78,7 @@ def status(
             "queue_depth": float(depths["ready"]),
             **{f"queue_{name}": float(depth) for name, depth in depths.items()},
             **{f"alive_{name}": float(number) for name, number in dispatch.leases.alive().items()},
-            **{f"idle_{name}": 1.0 - share for name, share in busy.items()},
+            **{f"idle_{name}": max(0.0, 1.0 - share) for name, share in busy.items()},
             "messages_dropped": float(socket.dropped),
             "messages_refused": float(socket.refused),
             "messages_unexpected": float(dispatch.unexpected),

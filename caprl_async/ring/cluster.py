@@ -7,16 +7,18 @@ import os
 import secrets
 import signal
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 from caprl_async.config import RingConfig
 from caprl_async.ring.errors import RingFailed, RingLost
 
 
-def connect(config: RingConfig, *, log_level: str) -> None:
+def connect(config: RingConfig, *, log_level: str, job: Mapping[str, str] | None = None) -> None:
     """Connects this process to Ray. A local Ray is guarded by a token that only its own processes hold.
 
-    Does nothing if the process is connected already (a Tune trial, a test's own cluster).
+    `job` is told to whoever looks at the cluster's jobs. Does nothing if the process is connected already (a
+    Tune trial, a test's own cluster).
 
     Raises:
         RingFailed: Ray did not start, or could not be joined.
@@ -29,6 +31,7 @@ def connect(config: RingConfig, *, log_level: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
+    from ray.job_config import JobConfig
 
     if ray.is_initialized():
         return
@@ -41,7 +44,13 @@ def connect(config: RingConfig, *, log_level: str) -> None:
     level = getattr(logging, log_level)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        ray.init(address=config.address, logging_level=level, log_to_driver=False, **(own if local else {}))
+        ray.init(
+            address=config.address,
+            logging_level=level,
+            log_to_driver=False,
+            job_config=JobConfig(metadata=dict(job or {})),
+            **(own if local else {}),
+        )
     except Exception as error:  # of many kinds: missing packages, wrong tokens, other versions, no memory
         hint = "; ring.dashboard=true needs the package ray[default]" if local and config.dashboard else ""
         # A machine that is too busy is no fault of the conf: another driver may have more luck.

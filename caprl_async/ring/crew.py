@@ -332,7 +332,9 @@ class Crew:
             LearnersLost: one of them died.
             RingFailed: the call failed.
         """
-        calls = [getattr(handle, method).remote(*args) for handle in self.learners]
+        # On the dashboard a call is its name, and the version that it works on.
+        name = " ".join([method, *(str(arg) for arg in args if isinstance(arg, Version))])
+        calls = [getattr(handle, method).options(name=name).remote(*args) for handle in self.learners]
         try:
             return self.get_all(calls, "the learner", on_wait)
         except (RingLost, LearnersLost):

@@ -140,10 +140,14 @@ class WeightSync:
 
     def _start_transfer(self, version: Version) -> dict[str, Any]:
         calls = {
-            name: self._engines[name].receive_weights.remote(version=str(version), **asdict(info))
+            name: self._engines[name]
+            .receive_weights.options(name=f"receive_weights {version}")
+            .remote(version=str(version), **asdict(info))
             for name, info in self._joined.items()
         }
-        calls[LEARNER] = self._learner.send_weights.remote(version=version)
+        calls[LEARNER] = self._learner.send_weights.options(name=f"send_weights {version}").remote(
+            version=version
+        )
         return calls
 
     def _open(self, names: list[str]) -> dict[str, str]:
