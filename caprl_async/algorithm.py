@@ -12,7 +12,6 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from omegaconf import OmegaConf
 from pyarrow.fs import LocalFileSystem
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
@@ -28,17 +27,7 @@ from caprl_async.config import Config
 from caprl_async.replay.eval_spec import heldout_spec
 from caprl_async.ring.actors import roster
 from caprl_async.ring.supervisor import Supervisor
-from caprl_async.rllib_names import Named
-
-_RLLIBS_OWN = (
-    "env_config",
-    "exploration_config",
-    "evaluation_",
-    "model",
-    "optimizer",
-    "replay_buffer_config",
-    "sample_collector",
-)
+from caprl_async.rllib_names import RLLIBS_OWN, Named, as_dict
 
 # It would advise every user on choosing between RLlib's old and new interfaces, of which neither is used.
 logging.getLogger("ray.rllib.algorithms.algorithm_config").setLevel(logging.ERROR)
@@ -55,11 +44,11 @@ class CapRLConfig(Named, AlgorithmConfig):
     def __init__(self, algo_class: type | None = None) -> None:
         super().__init__(algo_class=algo_class or CapRL)
         self._is_online = False  # no env runners: prompts come from a data set
-        self.caprl: dict[str, Any] = _as_dict(Config())
+        self.caprl: dict[str, Any] = as_dict(Config())
 
     def conf(self, config: Config) -> CapRLConfig:
         """Takes a whole conf, as `caprl_async.conf.load` gives it."""
-        self.caprl = _as_dict(config)
+        self.caprl = as_dict(config)
         self.debugging(seed=config.seed, log_level=config.observe.log_level, log_sys_usage=False)
         return self
 
@@ -82,7 +71,7 @@ class CapRLConfig(Named, AlgorithmConfig):
 
     def update_from_dict(self, config_dict: dict[str, Any]) -> CapRLConfig:
         # RLlib would hand these of its own, which mean nothing here, to the methods below.
-        own = {name: value for name, value in config_dict.items() if not name.startswith(_RLLIBS_OWN)}
+        own = {name: value for name, value in config_dict.items() if not name.startswith(RLLIBS_OWN)}
         super().update_from_dict(own)
         return self
 
@@ -91,12 +80,6 @@ class CapRLConfig(Named, AlgorithmConfig):
 
     def build_learner_group(self, **_: Any) -> RingGroup:
         return RingGroup()
-
-
-def _as_dict(config: Config) -> dict[str, Any]:
-    container = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    assert isinstance(container, dict)
-    return {str(name): value for name, value in container.items()}
 
 
 class RingGroup(Checkpointable):
@@ -172,21 +155,17 @@ class CapRL(Algorithm):
     def _trial_folder(self) -> str:
         """Where Tune keeps the trial's results; with a storage that is no file system, its working folder."""
         storage: Any = self._storage
-        if storage is not None and isinstance(storage.storage_filesystem, LocalFileSystem):
-            return str(storage.trial_fs_path)
-        return str(pathlib.Path(self.logdir).resolve())
+        local = storage is not None and isinstance(storage.storage_filesystem, LocalFileSystem)
+        return str(storage.trial_fs_path if local else pathlib.Path(self.logdir).resolve())
 
     def training_step(self) -> None:
         self.ring.open_admission()
         self.step_metrics = self.ring.step()
-        for name, value in self.step_metrics.items():
+        step = self.step_metrics
+        for name, value in step.items():
             self.metrics.log_value(("caprl", name), value, reduce="mean", window=1)
-        self.metrics.log_value(
-            NUM_ENV_STEPS_SAMPLED_LIFETIME, self.step_metrics["captions_sampled"], reduce="max"
-        )
-        self.metrics.log_value(
-            NUM_ENV_STEPS_TRAINED_LIFETIME, self.step_metrics["captions_trained"], reduce="max"
-        )
+        self.metrics.log_value(NUM_ENV_STEPS_SAMPLED_LIFETIME, step["captions_sampled"], reduce="max")
+        self.metrics.log_value(NUM_ENV_STEPS_TRAINED_LIFETIME, step["captions_trained"], reduce="max")
 
     def evaluate(self, parallel_train_future: Any = None) -> dict[str, Any]:
         """Accuracy of every judge on held-out images, from the newest weights' captions; see `EvalResult`.
@@ -195,12 +174,6 @@ class CapRL(Algorithm):
             RingFailed: there are no held-out questions (`data.heldout`), or an actor could not go on.
         """
         return {"caprl": self.ring.evaluate(heldout_spec(self.conf, str(self.ring.version)))}
-
-    def get_state(
-        self, components: Any = None, *, not_components: Any = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        state: dict[str, Any] = super().get_state(components, not_components=not_components, **kwargs)
-        return state
 
     def set_state(self, state: dict[str, Any]) -> None:
         # The ring restores itself by its folder; what is left is RLlib's own counting.

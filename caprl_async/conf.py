@@ -61,7 +61,8 @@ _WRITTEN = ("run_dir", "data.image_dir")  # paths that the run makes; all other 
 _WRITERS = tuple(f"{who}.model" for who in WRITERS)
 _INPUTS = (
     *("run", "data.images", "prism.data", "prism.captions_from"),
-    *("curate.questions_from", "curate.exclude"),
+    *("curate.questions_from", "curate.exclude", "sft.data", "sft.validation"),
+    *(f"pretrain.{stage}.{name}" for stage in conf_files.STAGES for name in ("data", "validation")),
 )
 _READ = (*_INPUTS, *_WRITERS, *conf_files.INPUT_FILES, *conf_files.INPUT_MODELS, conf_files.FURTHER_JUDGES)
 _SHOWN = 200  # characters of a wrong key or value

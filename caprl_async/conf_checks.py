@@ -6,7 +6,7 @@ Used by conf.py alone; every check gives a sentence that names its keys and says
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from caprl_async import conf_files, conf_help, conf_learner, conf_loss, conf_values
 from caprl_async.conf_bounds import BOUNDS, WRITERS
@@ -28,6 +28,8 @@ from caprl_async.planning.estimate import GPUS
 
 JOBS = {
     "train": conf_files.problems,
+    "sft": conf_files.sft_problems,
+    "pretrain": conf_files.pretrain_problems,
     "annotate": conf_files.annotate_problems,
     "evaluate": conf_files.evaluate_problems,
     "compare": conf_files.compare_problems,
@@ -38,6 +40,8 @@ JOBS = {
     "replay": conf_files.run_problems,
 }
 """Modules of caprl_async.jobs with a `run(config)`, and what looks at the files that each needs."""
+
+Check = Callable[[Config], Iterator[str]]
 
 ENGINE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -61,7 +65,7 @@ def check(config: Config) -> None:
     """
     if config.job not in JOBS:
         raise ConfError(f"job={config.job} is none of {' | '.join(JOBS)}")
-    settings = ((_ranges, _choices), (_combinations,)) if config.job == "train" else ((_ranges, _choices),)
+    settings: tuple[tuple[Check, ...], ...] = ((_ranges, _choices), *_SETTINGS.get(config.job, ()))
     for checks in (*settings, (JOBS[config.job],)):
         problems = [problem for find in checks for problem in find(config)]
         if problems:
@@ -177,6 +181,25 @@ def _device(config: Config) -> Iterator[str]:
                     f"learner.device=cuda with ring.{key}=0: Ray hides the GPUs from an actor that "
                     f"reserves none; set ring.{key} (a fraction shares a GPU)"
                 )
+
+
+def _supervised(config: Config) -> Iterator[str]:
+    yield from trackers.problems(config.observe.trackers)
+    yield from _device(config)
+    if config.data.heldout:
+        yield from _engine("rollout.engine", config.rollout.engine, config)
+        yield from _engine("judge.engine", config.judge.engine, config)
+        yield from _judging(config)
+        yield from _endpoint(config)
+    yield from _heldout(config)
+
+
+_SETTINGS: Mapping[str, tuple[tuple[Check, ...], ...]] = {
+    "train": ((_combinations,),),
+    "sft": ((_supervised,),),
+    "pretrain": ((_supervised,),),
+}
+"""Beside the values one by one, what must fit together for a job."""
 
 
 def _numbers(key: str, actors: RolloutConfig | JudgeConfig) -> Iterator[str]:

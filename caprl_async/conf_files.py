@@ -30,6 +30,9 @@ INPUT_MODELS = {
 FURTHER_JUDGES = "judge.also"
 """The same, of which it may name several."""
 
+STAGES = ("align", "further", "tune")
+"""Of job=pretrain, in order."""
+
 LEDGER = "ledger.sqlite"
 """The file of a run folder that holds every prompt's life, from the moment at which the queue is up."""
 
@@ -44,6 +47,36 @@ def problems(config: Config) -> Iterator[str]:
     yield from _models(config)
     yield from _program(config)
     yield from _resume(config)
+
+
+def sft_problems(config: Config) -> Iterator[str]:
+    """The same for supervised training; without held-out questions it needs no judge."""
+    for key, path in (("sft.data", config.sft.data), ("sft.validation", config.sft.validation)):
+        if key == "sft.data" and not path:
+            yield "sft.data is empty: job=sft needs images with texts"
+        elif path and not Path(path).exists():
+            yield f"{key}={path} does not exist"
+    if config.data.heldout:
+        found = (problem for find in (_files, _models, _program) for problem in find(config))
+        yield from (problem for problem in found if not problem.startswith("data.train"))
+    elif problem := _model_problem("policy.model", Path(config.policy.model), config):
+        yield problem
+    yield from _resume(config)
+
+
+def pretrain_problems(config: Config) -> Iterator[str]:
+    """The same for all stages of pre-training."""
+    stages = {name: getattr(config.pretrain, name) for name in STAGES}
+    if not any(stage.data for stage in stages.values()):
+        yield f"no stage has data: set {' or '.join(f'pretrain.{name}.data' for name in STAGES)}"
+    for name, stage in stages.items():
+        for key, path in (("data", stage.data), ("validation", stage.validation)):
+            if path and not Path(path).exists():
+                yield f"pretrain.{name}.{key}={path} does not exist"
+        if stage.data and stage.steps < 1:
+            yield f"pretrain.{name}.steps={stage.steps}: a stage with data needs steps"
+    if problem := _model_problem("policy.model", Path(config.policy.model), config):
+        yield problem
 
 
 def plan_problems(config: Config) -> Iterator[str]:

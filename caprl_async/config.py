@@ -275,10 +275,51 @@ class LearnerConfig:
     offload_optimizer: bool = key(False, "GPU: the optimizer lives and works on the CPU; needs a zero_stage")
     dtype: str = key("bfloat16", "float32 | bfloat16")
     freeze_vision: bool = key(False, "train only the language model")
+    train_only: list[str] = key([], "train only parameters with these in their names, as visual.merger")
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     gradient_checkpointing: bool = key(False, "recompute activations in backward")
     device: str = key("cuda", "cpu | cuda")
     threads: int = key(0, "CPU, offload_optimizer: threads of torch in each rank; 0: torch decides")
+
+
+@dataclass
+class SftConfig:
+    """Supervised training (job=sft) by the learner group, of images with texts."""
+
+    data: str = key(
+        "", "images with captions, or with prompts and answers: a .parquet, .jsonl or .tar file, or a folder"
+    )
+    validation: str = key("", "the same, held out; empty: no validation loss")
+    batch: int = key(128, "images per step, with all their texts")
+    max_tokens: int = key(2048, "longer texts are left out")
+    interval: int = key(50, "steps between validations; the last step is always validated")
+    validation_images: int = key(512, "images of sft.validation, the first; 0: all")
+
+
+@dataclass
+class StageConfig:
+    """One stage of job=pretrain: supervised training with these instead of the conf's own keys."""
+
+    data: str = key("", "as sft.data; empty: the stage is left out")
+    validation: str = key("", "as sft.validation")
+    prompt: str = key("", "as data.prompt: what is asked of every image; empty: the examples' own")
+    steps: int = key(0, "as steps")
+    batch: int = key(256, "as sft.batch")
+    lr: float = key(0.0, "as learner.lr")
+    train_only: list[str] = key([], "as learner.train_only")
+
+
+def _stage(lr: float, batch: int, *train_only: str) -> Any:
+    return field(default_factory=lambda: StageConfig(lr=lr, batch=batch, train_only=list(train_only)))
+
+
+@dataclass
+class PretrainConfig:
+    """The three stages that make a vision-language model of a language model, a tower and a projector."""
+
+    align: StageConfig = _stage(1e-3, 256, "visual.merger")
+    further: StageConfig = _stage(4e-5, 256)
+    tune: StageConfig = _stage(2e-5, 128)
 
 
 @dataclass
@@ -490,9 +531,9 @@ class Config:
 
     job: str = key(
         "train",
-        "what to do: train | plan (says what it would need) | curate (makes questions) | annotate (captions "
-        "images) | evaluate (measures captions) | compare (evaluations, side by side) | report (a run's "
-        "page) | inspect (what a run recorded) | replay (trains on it)",
+        "what to do: train | sft (supervised training) | plan (says what it would need) | curate (makes "
+        "questions) | annotate (captions images) | evaluate (measures captions) | compare (evaluations, "
+        "side by side) | report (a run's page) | inspect (what a run recorded) | replay (trains on it)",
     )
     run_dir: str = key("runs/run", "everything the job writes is in here")
     resume: bool = key(False, "go on with the run that run_dir holds")
@@ -508,6 +549,8 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     captioner: WriterConfig = field(default_factory=WriterConfig)

@@ -10,7 +10,10 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Self
 
+from omegaconf import OmegaConf
+
 from caprl_async.conf import ConfError
+from caprl_async.config import Config
 
 METHODS: dict[str, tuple[tuple[str, ...], Mapping[str, str]]] = {
     "environment": (("data",), {}),
@@ -49,6 +52,24 @@ METHODS: dict[str, tuple[tuple[str, ...], Mapping[str, str]]] = {
     "fault_tolerance": (("ring",), {}),
 }
 """Of each method: the rooms whose keys it takes by their own names, and RLlib's names for keys."""
+
+RLLIBS_OWN = (
+    "env_config",
+    "exploration_config",
+    "evaluation_",
+    "model",
+    "optimizer",
+    "replay_buffer_config",
+    "sample_collector",
+)
+"""Beginnings of RLlib's own settings, which mean nothing here."""
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """A whole conf as a nested dictionary, enums by name."""
+    container = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    assert isinstance(container, dict)
+    return {str(name): value for name, value in container.items()}
 
 
 class Named:

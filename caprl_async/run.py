@@ -20,7 +20,7 @@ from caprl_async.config import Config
 from caprl_async.ring.errors import RingFailed, RingLost
 from caprl_async.watchdog import INTERRUPTED, RESTART, Heartbeat, Watchdog, accept_signals
 
-_WATCHED = ("train",)
+_WATCHED = ("train", "sft", "pretrain")
 """Jobs that can go on after a restart."""
 
 

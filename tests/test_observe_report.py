@@ -126,6 +126,7 @@ def make_run(folder: Path, images: int = 3, steps: int = 60) -> Path:
                     "idle_rollout": rng.normal(0.1, 0.02),
                     "idle_judge": rng.normal(0.4, 0.05),
                     "entropy": 1.2 - 0.5 * done,
+                    "loss": 0.1 * done,
                     "grad_norm": abs(rng.normal(0.7, 0.1)),
                     "clip_fraction": abs(rng.normal(0.05, 0.01)),
                     **{f"staleness_share_{age}": 1 / 3 for age in range(3)},

@@ -57,6 +57,16 @@ class ImageStore:
             _write(target, data)
         return ImageRef(sha256=sha256, path=str(target))
 
+    def refer(self, image: Path) -> ImageRef:
+        """A reference to an image that stays where it is.
+
+        Raises:
+            BadImage: see `put`.
+        """
+        data = _read(image)
+        decode(data, str(image))
+        return ImageRef(sha256=hashlib.sha256(data).hexdigest(), path=str(image.resolve()))
+
 
 def image_folder(config: Config, run_dir: Path) -> Path:
     """The store of a run, whose folder may have been moved since."""

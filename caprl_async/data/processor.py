@@ -116,6 +116,7 @@ class PolicyProcessor:
         self.eos_token_id: int = end
         self.vocab_size: int = config.get_text_config().vocab_size  # columns of the logits
         self.banned_token_ids: tuple[int, ...] = self._banned()
+        self._never = frozenset((*self.banned_token_ids, self.eos_token_id))
 
     def _banned(self) -> tuple[int, ...]:
         """Ids a caption may not hold: special and added tokens but the end, and ids that name no token."""
@@ -138,6 +139,19 @@ class PolicyProcessor:
                 f"but gave {rendered!r}"
             )
         return ids
+
+    def answer_ids(self, text: str) -> tuple[int, ...] | None:
+        """Token ids of an answer with its end, as a caption that is to be learnt has them.
+
+        Spelled-out control tokens are plain text. None if the vocabulary has no words for it.
+        """
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return (*ids, self.eos_token_id) if self._never.isdisjoint(ids) else None
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what turns texts and images into what the model takes."""
+        return f"{self.model} {self._size} {self.vocab_size}"
 
     def render(self, text: str) -> str:
         """One user turn (image, then `text`) up to the answer, as the chat template writes it."""
@@ -167,6 +181,11 @@ class PolicyProcessor:
             UnreadableImage: see `read_image`; or too elongated for the model.
         """
         return self._process(read_image(image), image.path)
+
+    def expanded(self, prompt: tuple[int, ...], grid: Grid) -> tuple[int, ...]:
+        """A prompt with one placeholder, as the model takes it: with one for each token of its image."""
+        at = prompt.index(self.image_token_id)
+        return (*prompt[:at], *[self.image_token_id] * self.image_tokens(grid), *prompt[at + 1 :])
 
     def image_tokens(self, grid: Grid) -> int:
         """Placeholders that one image of `grid` takes in the expanded prompt."""

@@ -110,7 +110,7 @@ class Dataset:
     """The usable rows of a file, in the file's order."""
 
     path: Path
-    rows: tuple[Row, ...]
+    rows: tuple[Row, ...] = ()
     rejects: tuple[Reject, ...] = ()
     _by_id: dict[str, Row] = field(init=False, repr=False, compare=False)
 

@@ -14,8 +14,6 @@ class PromptSampler:
     """
 
     def __init__(self, dataset: Dataset, seed: int, shuffle: bool) -> None:
-        if not len(dataset):
-            raise DataError(f"{dataset.path}: no usable row")
         self._dataset = dataset
         self._seed = seed
         self._shuffle = shuffle
@@ -29,7 +27,13 @@ class PromptSampler:
         return index, self.row_at(index)
 
     def row_at(self, index: int) -> Row:
-        """The row at any index, whatever the cursor."""
+        """The row at any index, whatever the cursor.
+
+        Raises:
+            DataError: the data set is empty.
+        """
+        if not len(self._dataset):
+            raise DataError(f"{self._dataset.path}: no usable row")
         epoch, position = divmod(index, len(self._dataset))
         return self._dataset.rows[self._order(epoch)[position]]
 

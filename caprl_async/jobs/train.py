@@ -16,6 +16,7 @@ from rich.console import Console
 from caprl_async import conf, conf_help
 from caprl_async.algorithm import CapRL, CapRLConfig
 from caprl_async.config import Config
+from caprl_async.jobs.keeping import Keeper
 from caprl_async.jobs.scaling import ScaleFile
 from caprl_async.observe.alarms import Alarms
 from caprl_async.observe.diary import note
@@ -30,8 +31,6 @@ from caprl_async.observe.table import Row, print_table, reference_length, write_
 from caprl_async.observe.trackers import Trackers, samples_of
 from caprl_async.replay.eval_spec import heldout_spec
 from caprl_async.ring import cluster
-from caprl_async.ring.checkpoints import RING
-from caprl_async.ring.errors import SaveFailed
 from caprl_async.ring.supervisor import Supervisor
 from caprl_async.types import FOREIGN
 
@@ -96,7 +95,6 @@ class _Training:
         self.ring: Supervisor = algorithm.ring
         self.console = console
         self.rows: dict[str, Row] = {}
-        self._writing: Path | None = None  # the checkpoint that is being written
         self._scale_file = ScaleFile(run_dir)
         algorithm.learner_group.in_background = True
 
@@ -140,6 +138,8 @@ class _Training:
         config = self.config
         alarms = Alarms(config.observe.bands, self.run_dir)
         gauges = Gauges(self.run_dir.resolve().name)
+        write = self.algorithm.save_to_path
+        keeper = Keeper(self.ring, self.run_dir, config.steps, lambda f: write(str(f)), self._alarm)
         trackers = Trackers(
             config.observe.trackers, self.run_dir.resolve(), conf_help.flat(config), self._alarm
         )
@@ -164,11 +164,7 @@ class _Training:
                 if step % max(1, config.steps // _PICTURES) == 0:
                     trackers.show(step, samples_of(self.run_dir, step - 1))
                 progress.show(step, metrics)
-                self._saved(wait=False)
-                if step % config.checkpoint.interval == 0 or step == config.steps:
-                    self._save(step)
-                if step == config.steps:  # a learner that dies now, and goes back, trains up to here again
-                    self._saved(wait=True)
+                keeper.after(step)
 
     def _scale(self) -> None:
         """As the user wants it now; what cannot be done costs nothing."""
@@ -180,49 +176,6 @@ class _Training:
 
     def _alarm(self, text: str) -> None:
         _say(self.console, text, "bold red")
-
-    def _save(self, step: int) -> None:
-        """Begins a checkpoint beside the next steps; what goes wrong costs this checkpoint and no more."""
-        self._saved(wait=True)
-        self._writing = self.ring.checkpoints.begin(step)
-        try:
-            self.algorithm.save_to_path(str(self._writing.resolve()))
-        except (SaveFailed, OSError) as error:
-            self._not_saved(error)
-
-    def _saved(self, *, wait: bool) -> None:
-        """Gives a checkpoint its name once it is whole, so that a folder with a final name is a whole one."""
-        if self._writing is None:
-            return
-        try:
-            digests = self.ring.saved(wait=wait)
-            if digests is None:
-                return
-            named = {f"{RING}/{name}": digest for name, digest in digests.items()}
-            final = self.ring.checkpoints.finish(self._writing, named)
-        except (SaveFailed, OSError) as error:
-            self._not_saved(error)
-            return
-        self._writing = None
-        self.ring.trim()
-        link = self.run_dir / "model"
-        link.unlink(missing_ok=True)
-        link.symlink_to((final / RING / "hf").relative_to(self.run_dir))
-
-    def _not_saved(self, error: Exception) -> None:
-        """
-        Raises:
-            SaveFailed: it was the last step's: the result would be lost.
-        """
-        partial, self._writing = self._writing, None
-        if partial is not None:
-            self.ring.checkpoints.abandon(partial)
-        last = partial == self.ring.checkpoints.partial(self.config.steps)
-        if last and self.ring.version.step == self.config.steps:  # else the learner goes back and comes again
-            raise SaveFailed(f"the result could not be saved: {error}") from error
-        self.console.print(
-            f"no checkpoint this time: {error}", style="bold red", markup=False, soft_wrap=True
-        )
 
     # ------------------------------------------------------------ evaluation
 

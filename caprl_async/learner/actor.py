@@ -34,6 +34,7 @@ from caprl_async.types import FOREIGN, Hello, Role, TrainBatch, Version
 from caprl_async.weights.digest import digest
 
 if TYPE_CHECKING:
+    from caprl_async.data.processor import PolicyProcessor
     from caprl_async.replay.peer import HubAddress, LearnerPeer
     from caprl_async.weights.sender import WeightSender
 
@@ -124,15 +125,11 @@ class LearnerActor:
             timeout_s=self.config.ring.start_timeout_s,
         )
         from caprl_async.data.processor import PolicyProcessor
-        from caprl_async.replay.peer import LearnerPeer
 
         policy = self.config.policy
         processor = PolicyProcessor(policy.model, policy.min_pixels, policy.max_pixels)
-        self._trainer = Trainer(self.config, processor, self.rank, world)
+        self._trainer = self._make_trainer(processor, world)
         self._take_snapshot(self._version)
-        self._peer = LearnerPeer(
-            self._hub, Hello(role=Role.LEARNER, name=repr(self), incarnation=uuid.uuid4().hex)
-        )
         parameters = sum(p.numel() for p in self._own.tensors.values()) if self._own else 0
         return {
             "rank": self.rank,
@@ -140,6 +137,13 @@ class LearnerActor:
             "parameters": parameters,
             "note": self._trainer.notice if self.rank == 0 else "",
         }
+
+    def _make_trainer(self, processor: PolicyProcessor, world: int) -> Trainer:
+        from caprl_async.replay.peer import LearnerPeer
+
+        hello = Hello(role=Role.LEARNER, name=repr(self), incarnation=uuid.uuid4().hex)
+        self._peer = LearnerPeer(self._hub, hello)
+        return Trainer(self.config, processor, self.rank, world)
 
     def stop(self) -> None:
         """Leaves the hub, the weight group and the process group; safe to call twice.

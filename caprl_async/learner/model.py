@@ -89,6 +89,24 @@ def choose_prefix(model: Any, wanted: Prefix) -> tuple[Prefix, str]:
     return wanted, ""
 
 
+def freeze(model: Any, config: LearnerConfig) -> None:
+    """Takes the gradient from what is not to be trained.
+
+    Raises:
+        BadModel: `train_only` names no parameter.
+    """
+    if config.freeze_vision:
+        model.model.visual.requires_grad_(False)
+    if not config.train_only:
+        return
+    chosen = {n for n, _ in model.named_parameters() if any(f".{o}." in f".{n}." for o in config.train_only)}
+    if not chosen:
+        some = ", ".join(name for name, _ in list(model.named_parameters())[:3])
+        raise BadModel(f"learner.train_only={config.train_only}: no parameter has these in its name ({some})")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name in chosen)
+
+
 def checkpoint_activations(model: Any, config: LearnerConfig) -> None:
     """Recomputes activations in backward; ZeRO-3 needs reentrant checkpoints."""
     reentrant = config.zero_stage == 3

@@ -35,6 +35,7 @@ from caprl_async.learner.model import (
     checkpoint_activations,
     choose_prefix,
     collator,
+    freeze,
     load_policy,
 )
 from caprl_async.learner.pixels import PixelCache
@@ -61,8 +62,7 @@ class Trainer:
         self.costs = costs_of(self.hf, self.prefix)
         self.collate = collator(self.hf, processor.image_token_id, PixelCache(processor), self.prefix)
         self.banned = frozenset(processor.banned_token_ids)
-        if config.learner.freeze_vision:
-            self.hf.model.visual.requires_grad_(False)
+        freeze(self.hf, config.learner)
         if config.learner.lora.rank:
             add_adapters(self.hf, config.learner.lora)
         if config.learner.gradient_checkpointing:

@@ -64,6 +64,11 @@ CHARTS = (
         ),
         percent=True,
     ),
+    Chart(
+        "Loss",
+        "of the policy; in supervised training the negative log-likelihood per token",
+        (Line("training", "loss"), Line("validation", "validation_loss")),
+    ),
     Chart("Caption length", "tokens", (Line("mean", names.LENGTH),)),
     Chart(
         "Staleness",

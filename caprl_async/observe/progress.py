@@ -105,7 +105,10 @@ class Progress:
 def readings(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     """(label, value) pairs that a person follows, of the metrics that are there."""
     found = []
+    if names.REWARD not in metrics and "loss" in metrics:  # of supervised training it is what one follows
+        found.append(("loss", f"{metrics['loss']:.3f}"))
     for label, name, form in (
+        ("validation loss", "validation_loss", "{:.3f}"),
         ("reward", names.REWARD, "{:.3f}"),
         ("QA accuracy", names.ACCURACY, "{:.1%}"),
         ("captions/s", names.CAPTIONS_PER_S, "{:.1f}"),

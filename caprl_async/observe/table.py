@@ -21,7 +21,7 @@ TITLES = {
     "start": "supervised start",
     "forced": "start, made as long",
     "dense": "supervised, dense captions",
-    "trained": "after RL",
+    "trained": "after training",
     "ceiling": "ground truth (ceiling)",
     "blind": "no caption (floor)",
 }

@@ -60,7 +60,8 @@ class ReplayQueue:
         self._run_dir = Path(run_dir)
         self._run_dir.mkdir(parents=True, exist_ok=True)
         self._abstain = config.judge.prompt.abstain
-        self._train = load_rows(config.data.train, self._abstain)
+        # A ring that learns from other data only evaluates.
+        self._train = load_rows(config.data.train, self._abstain) if config.data.train else Dataset(Path())
         self._rejects = self._run_dir / REJECTS
         self._train.write_rejects(self._rejects)
         self._sampler = PromptSampler(self._train, config.seed, config.data.shuffle)
@@ -113,7 +114,7 @@ class ReplayQueue:
             )
         address = self._socket.start(bind_host, keys, port)
         call_me("replay-queue")
-        for loop in (self._receive(), self._tick(), self._prepare()):
+        for loop in (self._receive(), self._tick(), *([self._prepare()] if len(self._train) else [])):
             task = asyncio.create_task(self._guard(loop))
             self._tasks.append(task)
         return address

@@ -37,6 +37,8 @@ _SETTLE_S = 5.0  # a rank that is dying is seen to be dead by then
 class Crew:
     """See the module; `version` is the learner's."""
 
+    learner_class: type[LearnerActor] = LearnerActor
+
     def __init__(self, config: Config, say: Callable[[str], None], first_bundle: int) -> None:
         self.config = config
         self.version = Version(0, 0)
@@ -120,7 +122,7 @@ class Crew:
         """Address of rank 0's node, and every rank's call of `setup`."""
         self._say("starting DeepSpeed: " + ", ".join(s.name for s in self._roster.learners))
         ranks = [
-            self._spawn(spec, LearnerActor, rank, self.config, address)
+            self._spawn(spec, self.learner_class, rank, self.config, address)
             for rank, spec in enumerate(self._roster.learners)
         ]
         host, port = self.get(ranks[0].rendezvous.remote(), self._roster.learners[0].name)

@@ -1,0 +1,198 @@
+"""Examples made ready for training, once: images checked and known by their hash, texts as token ids.
+
+One parquet file, of which every rank reads the rows that it needs; a million examples take some hundred MB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from caprl_async.data.examples import Example, read_examples
+from caprl_async.data.images import BadImage, ImageStore
+from caprl_async.data.processor import Grid, PolicyProcessor, UnreadableImage, read_size
+from caprl_async.data.rows import DataError, Reject, append_rejects
+from caprl_async.types import ImageRef
+
+_SCHEMA = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("sha256", pa.string()),
+        ("path", pa.string()),
+        ("grid", pa.list_(pa.int32(), 3)),
+        ("prompt", pa.list_(pa.int32())),  # one placeholder for the image
+        ("texts", pa.list_(pa.list_(pa.int32()))),  # each with its end token
+    ]
+)
+_ABOUT = b"caprl_async"
+_GROUP = 4096  # rows of a row group
+
+
+@dataclass(frozen=True)
+class Ready:
+    """One row of the index."""
+
+    row_id: str
+    image: ImageRef
+    grid: Grid
+    prompt: tuple[int, ...]
+    texts: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class IndexSpec:
+    """What an index is made from; another one is made anew."""
+
+    data: str
+    prompt: str  # instead of the examples' own; empty: theirs
+    max_tokens: int  # longer texts are left out
+
+
+class Index:
+    """The rows of an index file, mapped into memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._table = pq.read_table(path, memory_map=True)
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __getitem__(self, number: int) -> Ready:
+        row: dict[str, Any] = self._table.slice(number, 1).to_pylist()[0]
+        t, h, w = row["grid"]
+        return Ready(
+            row["row_id"],
+            ImageRef(sha256=row["sha256"], path=row["path"]),
+            (t, h, w),
+            tuple(row["prompt"]),
+            tuple(map(tuple, row["texts"])),
+        )
+
+
+def make_index(
+    path: Path,
+    spec: IndexSpec,
+    processor: PolicyProcessor,
+    images: Path,
+    rejects: Path,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Index:
+    """The index of `spec` at `path`, made if it is not there; `progress(rows)` hears how far it is.
+
+    Images that come as bytes are kept below `images`, others stay where they are. What cannot be used is
+    written to `rejects`.
+
+    Raises:
+        DataError: no example can be used.
+    """
+    about = _about(spec, processor)
+    if path.is_file() and (pq.read_schema(path).metadata or {}).get(_ABOUT) == about:
+        return Index(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    store = ImageStore(images)
+    refused: list[Reject] = []
+    written = 0
+    with pq.ParquetWriter(partial, _SCHEMA.with_metadata({_ABOUT: about})) as writer:
+        for rows in _groups(spec, processor, store, refused):
+            writer.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA))
+            written += len(rows)
+            progress(written)
+    append_rejects(rejects, Path(spec.data), refused)
+    if not written:
+        partial.unlink()
+        why = f"{len(refused)} were turned away, the first: {refused[0].reason}" if refused else "it is empty"
+        raise DataError(f"{spec.data}: no example can be used ({why}); see {rejects}")
+    partial.replace(path)
+    return Index(path)
+
+
+def _groups(
+    spec: IndexSpec, processor: PolicyProcessor, store: ImageStore, refused: list[Reject]
+) -> Iterator[list[dict[str, Any]]]:
+    prompt_ids = lru_cache(maxsize=1024)(processor.prompt_ids)
+    rows: list[dict[str, Any]] = []
+    for example in read_examples(Path(spec.data)):
+        if isinstance(example, Reject):
+            refused.append(example)
+            continue
+        row = _row(example, spec, processor, store, prompt_ids)
+        if isinstance(row, Reject):
+            refused.append(row)
+            continue
+        rows.append(row)
+        if len(rows) == _GROUP:
+            yield rows
+            rows = []
+    if rows:
+        yield rows
+
+
+def _row(
+    example: Example,
+    spec: IndexSpec,
+    processor: PolicyProcessor,
+    store: ImageStore,
+    prompt_ids: Callable[[str], tuple[int, ...]],
+) -> dict[str, Any] | Reject:
+    texts = [ids for text in example.texts if (ids := processor.answer_ids(text)) is not None]
+    short = [ids for ids in texts if len(ids) <= spec.max_tokens]
+    if not short:
+        reason = "too_long" if texts else "not_in_vocabulary"
+        return Reject(example.row_id, None, reason, example.texts[0][:200])
+    try:
+        image = _kept(example.image, store)
+        grid = processor.grid(*read_size(image))
+    except (BadImage, UnreadableImage) as error:
+        return Reject(example.row_id, None, "bad_image", str(error), column="image")
+    return {
+        "row_id": example.row_id,
+        "sha256": image.sha256,
+        "path": image.path,
+        "grid": list(grid),
+        "prompt": list(prompt_ids(spec.prompt or example.prompt)),
+        "texts": [list(ids) for ids in short],
+    }
+
+
+def _kept(image: bytes | Path, store: ImageStore) -> ImageRef:
+    """
+    Raises:
+        BadImage: see `ImageStore.put`.
+    """
+    return store.put(image) if isinstance(image, bytes) else store.refer(image)
+
+
+def _about(spec: IndexSpec, processor: PolicyProcessor) -> bytes:
+    source = Path(spec.data)
+    files = [source] if source.is_file() else sorted(source.glob("*"))
+    state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    made_from = [spec.data, spec.prompt, spec.max_tokens, processor.fingerprint, state]
+    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest().encode()
+
+
+def rows_of_step(step: int, batch: int, total: int, seed: int) -> list[int]:
+    """Numbers of the rows that step `step` (from 0) trains on: passes over all rows, each in an order of its
+    own that depends on (seed, pass) alone, without a break between passes."""
+    found: list[int] = []
+    at = step * batch
+    while len(found) < batch:
+        epoch, position = divmod(at + len(found), total)
+        order = _order(epoch, total, seed)
+        found += order[position : position + batch - len(found)].tolist()
+    return found
+
+
+@lru_cache(maxsize=2)
+def _order(epoch: int, total: int, seed: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(total)
