@@ -1,4 +1,4 @@
-"""Supervised training and pre-training by the command line: a killed rank, engines that measure, the stages."""
+"""Supervised training and pre-training by the command line: a killed rank, measuring, the stages."""
 
 from __future__ import annotations
 
