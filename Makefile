@@ -23,7 +23,8 @@ lint: setup
 	.venv/bin/mypy
 
 test: lint
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
-test-all: lint
-	.venv/bin/python -m pytest -m ""
+# Long tests start whole rings, which take all cores: one at a time.
+test-all: test
+	.venv/bin/python -m pytest -m slow

@@ -42,7 +42,7 @@ def test_seed_and_epoch_change_the_order() -> None:
 
 def test_no_rows_is_an_error() -> None:
     with pytest.raises(DataError):
-        PromptSampler(dataset(0), 0, shuffle=True)
+        PromptSampler(dataset(0), 0, shuffle=True).next()
 
 
 def test_images_are_kept_once_by_content(tmp_path: Path) -> None:

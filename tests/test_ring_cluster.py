@@ -55,9 +55,12 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def _turn_until(ring: Supervisor, done: Callable[[dict[str, float]], bool], what: str) -> None:
+    """Steps now and then: what starts meanwhile needs the cores too."""
     deadline = time.monotonic() + 180
     while not done(ring.step()):
         assert time.monotonic() < deadline, what
+        for _ in range(8):
+            ring._pause()
 
 
 @pytest.mark.slow

@@ -21,9 +21,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
-from tensorboard.compat.proto import event_pb2, summary_pb2
-from tensorboard.plugins.text.summary_v2 import text_pb
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 TENSORBOARD = "tensorboard"
 _IDS = "trackers.json"  # the run's names there, so that a resume goes on with it
@@ -57,6 +54,12 @@ class TensorBoard:
     """Event files in `run_dir/tensorboard`."""
 
     def __init__(self, run_dir: Path, conf: Mapping[str, Any]) -> None:
+        # Imported here, as in all of them: a conf is read by processes that shall be light.
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.plugins.text.summary_v2 import text_pb
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event, self._summary, self._text = event_pb2, summary_pb2.Summary, text_pb
         self._events = EventFileWriter(str(run_dir / TENSORBOARD), flush_secs=10)
         self._last: int | None = None
         self._add(0, text_pb("caprl/conf", f"```\n{json.dumps(conf, indent=1)}\n```").value)
@@ -64,12 +67,11 @@ class TensorBoard:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._last is None or step <= self._last:
             # Points at this step and after it, from an earlier life, are void.
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._events.add_event(event_pb2.Event(wall_time=time.time(), step=step, session_log=start))
+            start = self._event.SessionLog(status=self._event.SessionLog.START)
+            self._events.add_event(self._event.Event(wall_time=time.time(), step=step, session_log=start))
         self._last = step
         values = [
-            summary_pb2.Summary.Value(tag=f"caprl/{name}", simple_value=value)
-            for name, value in metrics.items()
+            self._summary.Value(tag=f"caprl/{name}", simple_value=value) for name, value in metrics.items()
         ]
         self._add(step, values)
 
@@ -78,15 +80,15 @@ class TensorBoard:
             png = io.BytesIO()
             sample.image.save(png, "PNG")
             width, height = sample.image.size
-            image = summary_pb2.Summary.Image(
+            image = self._summary.Image(
                 width=width, height=height, colorspace=3, encoded_image_string=png.getvalue()
             )
-            shown = summary_pb2.Summary.Value(tag=f"samples/{i}", image=image)
-            self._add(step, [shown, *text_pb(f"samples/{i}/captions", sample.text).value])
+            shown = self._summary.Value(tag=f"samples/{i}", image=image)
+            self._add(step, [shown, *self._text(f"samples/{i}/captions", sample.text).value])
 
     def _add(self, step: int, values: Iterable[Any]) -> None:
-        summary = summary_pb2.Summary(value=values)
-        self._events.add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+        summary = self._summary(value=values)
+        self._events.add_event(self._event.Event(wall_time=time.time(), step=step, summary=summary))
 
     def close(self) -> None:
         self._events.close()
