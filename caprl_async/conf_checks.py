@@ -245,11 +245,6 @@ def _engine(key: str, engine: EngineConfig, config: Config) -> Iterator[str]:
             f"{key}.max_num_batched_tokens={engine.max_num_batched_tokens} is below {key}.max_model_len="
             f"{engine.max_model_len}: a prompt is prefilled in one piece on the CPU"
         )
-    if config.learner.device == "cpu" and engine.tensor_parallel_size > 1:
-        yield (
-            f"{key}.tensor_parallel_size={engine.tensor_parallel_size} with learner.device=cpu: "
-            "it counts GPUs"
-        )
     reserved = "gpus_per_rollout" if key.startswith("rollout") else "gpus_per_judge"
     gpus = getattr(config.ring, reserved)
     if config.learner.device == "cuda" and engine.tensor_parallel_size > max(1, gpus):

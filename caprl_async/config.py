@@ -42,7 +42,7 @@ class EngineConfig:
     block_size: int | None = key(None, "tokens per KV block; CPU takes multiples of 32; null: vLLM's default")
     kv_cache_gib: float = key(1.0, "CPU: memory for keys and values, GiB")
     gpu_memory_utilization: float = key(0.85, "GPU: share of the memory the engine may take")
-    tensor_parallel_size: int = key(1, "GPUs per engine")
+    tensor_parallel_size: int = key(1, "workers of an engine; on a GPU each, as many as ring.gpus_per_*")
     dtype: str = key("bfloat16", "weights and activations of the engine")
     enforce_eager: bool = key(False, "no compilation, no CUDA graphs")
     in_process: bool = key(False, "run vLLM's core inside the actor (right on CPU), not in a child process")

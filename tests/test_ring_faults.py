@@ -13,8 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from process_kit import left_running
 
-from caprl_async import conf
+from caprl_async import conf, processes
 from caprl_async.ring import cluster
 from caprl_async.ring.checkpoints import RING
 from caprl_async.ring.errors import RingFailed
@@ -164,6 +165,34 @@ def test_the_ring_turns_in_other_settings(
     learner = ring.get(ring.learners[0].weights_fingerprint.remote())
     for rollout in ring.rollouts:
         assert ring.get(rollout.weights_fingerprint.remote()) == learner
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_engines_of_two_workers_get_whole_updates_and_leave_nothing(
+    tmp_path: Path, stopped: list[Supervisor]
+) -> None:
+    """Tensor parallelism: at lag 0 what the shards sample is what the learner computes."""
+    before = processes.descendants()
+    split = ["rollout.engine.tensor_parallel_size=2", "judge.engine.tensor_parallel_size=2"]
+    arguments = [
+        "conf=conf/demo.yaml",
+        f"run_dir={tmp_path}",
+        "replay.batch_groups=4",
+        "replay.max_staleness=0",
+    ]
+    ring = Supervisor(conf.load([*arguments, *SMALL, *split]))
+    stopped.append(ring)
+    ring.start()
+    ring.open_admission()
+    steps = [ring.step() for _ in range(3)]
+    assert [step["staleness_mean"] for step in steps] == [0.0] * 3
+    assert max(step["logprob_gap_max"] for step in steps) < 1e-3
+    assert all(0 < step["reward_mean"] < 1 for step in steps)
+    ring.finish()
+    ring.stop()
+    cluster.disconnect()
+    assert left_running(before) == []
 
 
 @pytest.mark.slow

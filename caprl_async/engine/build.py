@@ -112,7 +112,10 @@ def _arguments(spec: EngineSpec) -> dict[str, Any]:
     }
     if config.block_size is not None:
         args["block_size"] = config.block_size
-    if config.in_process and config.tensor_parallel_size == 1:
+    if config.tensor_parallel_size > 1:
+        # Within an actor vLLM would take Ray, and ask for the very GPUs that the actor holds.
+        args["distributed_executor_backend"] = "mp"
+    elif config.in_process:
         args["distributed_executor_backend"] = "uni"
     return {**args, **_for_platform(config), **_images(spec.vision), **_weights(spec), **_bans(spec)}
 
