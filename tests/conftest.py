@@ -2,8 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from caprl_async.ring.supervisor import Supervisor
 
 # A slow machine is no failure.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+
+@pytest.fixture
+def stopped() -> Iterator[list[Supervisor]]:
+    """Rings put in here are stopped after the test."""
+    rings: list[Supervisor] = []
+    yield rings
+    from caprl_async.ring import cluster
+
+    for ring in rings:
+        ring.stop()
+    cluster.disconnect()

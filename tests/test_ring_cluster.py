@@ -14,23 +14,12 @@ import pytest
 from caprl_async import conf
 from caprl_async.config import Config
 from caprl_async.jobs.scaling import ScaleError, ScaleFile, Wanted
-from caprl_async.ring import cluster
 from caprl_async.ring.checkpoints import RING
 from caprl_async.ring.extras import Extras
 from caprl_async.ring.supervisor import Supervisor
 from caprl_async.types import Version
 
 SMALL = ["evaluate.heldout_judge.model=", "evaluate.heldout_judge.data=", "evaluate.dense_policy="]
-
-
-@pytest.fixture
-def stopped() -> Iterator[list[Supervisor]]:
-    """Rings put in here are stopped after the test."""
-    rings: list[Supervisor] = []
-    yield rings
-    for ring in rings:
-        ring.stop()
-    cluster.disconnect()
 
 
 def _node(actor: Any) -> str:

@@ -6,7 +6,6 @@ import math
 import os
 import signal
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +27,6 @@ LETTERS = "judge.model=pkg:tiny/models/judge_letters"
 LENGTHS = ["reward.length_free=0", "reward.length_max=40"]
 TWO = ["learner.num_ranks=2", "learner.zero_stage=1", "rollout.num_actors=2"]
 KL = ["learner.kl.coef=0.01"]
-
-
-@pytest.fixture
-def stopped() -> Iterator[list[Supervisor]]:
-    """Rings put in here are stopped after the test."""
-    rings: list[Supervisor] = []
-    yield rings
-    for ring in rings:
-        ring.stop()
-    cluster.disconnect()
 
 
 _ASKED = "select judged.peer, events.prompt_index from judged join events using (seq)"
