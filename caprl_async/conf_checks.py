@@ -186,7 +186,12 @@ def _device(config: Config) -> Iterator[str]:
 def _supervised(config: Config) -> Iterator[str]:
     yield from trackers.problems(config.observe.trackers)
     yield from _device(config)
+    yield from conf_learner.problems(config)
+    yield from _pixels(config)
     if config.data.heldout:
+        yield from _numbers("rollout", config.rollout)
+        yield from _numbers("judge", config.judge)
+        yield from _panel(config)
         yield from _engine("rollout.engine", config.rollout.engine, config)
         yield from _engine("judge.engine", config.judge.engine, config)
         yield from _judging(config)
@@ -254,15 +259,20 @@ def _engine(key: str, engine: EngineConfig, config: Config) -> Iterator[str]:
         )
 
 
+def _pixels(config: Config) -> Iterator[str]:
+    policy = config.policy
+    if policy.min_pixels > policy.max_pixels:
+        yield f"policy.min_pixels={policy.min_pixels} is above policy.max_pixels={policy.max_pixels}"
+
+
 def _sampling(config: Config) -> Iterator[str]:
-    rollout, policy, reward = config.rollout, config.policy, config.reward
+    rollout, reward = config.rollout, config.reward
     if rollout.max_tokens >= rollout.engine.max_model_len:
         yield (
             f"rollout.max_tokens={rollout.max_tokens} with rollout.engine.max_model_len="
             f"{rollout.engine.max_model_len}: no room is left for the prompt and the image"
         )
-    if policy.min_pixels > policy.max_pixels:
-        yield f"policy.min_pixels={policy.min_pixels} is above policy.max_pixels={policy.max_pixels}"
+    yield from _pixels(config)
     if reward.length_max <= reward.length_free:
         yield (
             f"reward.length_max={reward.length_max} must be above reward.length_free={reward.length_free}: "

@@ -73,6 +73,8 @@ def pretrain_problems(config: Config) -> Iterator[str]:
         for key, path in (("data", stage.data), ("validation", stage.validation)):
             if path and not Path(path).exists():
                 yield f"pretrain.{name}.{key}={path} does not exist"
+        if stage.data and stage.train_only and config.learner.lora.rank:
+            yield f"pretrain.{name}.train_only with learner.lora.rank: only the adapters would be trained"
         if stage.data and stage.steps < 1:
             yield f"pretrain.{name}.steps={stage.steps}: a stage with data needs steps"
     if problem := _model_problem("policy.model", Path(config.policy.model), config):

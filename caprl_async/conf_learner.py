@@ -21,5 +21,10 @@ def problems(config: Config) -> Iterator[str]:
             f"learner.lora.targets={lora.targets} with learner.lora.rank=0: there are no adapters; "
             "set a rank, as 16"
         )
+    if lora.rank and learner.train_only:
+        yield (
+            f"learner.train_only={learner.train_only} with learner.lora.rank={lora.rank}: with adapters only "
+            "these are trained; set one or the other"
+        )
     if not all(target.strip(". ") for target in lora.targets):
         yield f"learner.lora.targets={lora.targets}: each must be the ending of a layer's name, as q_proj"

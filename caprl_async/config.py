@@ -531,9 +531,10 @@ class Config:
 
     job: str = key(
         "train",
-        "what to do: train | sft (supervised training) | plan (says what it would need) | curate (makes "
-        "questions) | annotate (captions images) | evaluate (measures captions) | compare (evaluations, "
-        "side by side) | report (a run's page) | inspect (what a run recorded) | replay (trains on it)",
+        "what to do: train | sft (supervised training) | pretrain (in three stages) | plan (says what it "
+        "would need) | curate (makes questions) | annotate (captions images) | evaluate (measures captions) "
+        "| compare (evaluations, side by side) | report (a run's page) | inspect (what a run recorded) | "
+        "replay (trains on it)",
     )
     run_dir: str = key("runs/run", "everything the job writes is in here")
     resume: bool = key(False, "go on with the run that run_dir holds")

@@ -182,7 +182,9 @@ class Watchdog:
 
     def _newest(self) -> str:
         """The newest whole checkpoint, relative to the run folder; empty: none."""
-        found = max((self._run_dir / "checkpoints").glob("step-*"), default=None)
+        # Those of pre-training's stages lie in folders of theirs, whose names are in order too.
+        every = [*self._run_dir.glob("checkpoints/step-*"), *self._run_dir.glob("*/checkpoints/step-*")]
+        found = max(every, default=None)
         return str(found.relative_to(self._run_dir)) if found is not None else ""
 
     def _pause(self, seconds: float) -> None:

@@ -44,7 +44,7 @@ def _told(run_dir: Path, *names: str) -> list[str]:
     said: list[str] = []
     told = Trackers(names, run_dir, CONF, said.append)
     told.log(1, {"reward_mean": 0.1})
-    told.show(1, samples_of(run_dir, 3))
+    told.show(1, lambda: samples_of(run_dir, 3))
     told.log(2, {"reward_mean": 0.2})
     told.close()
     return said

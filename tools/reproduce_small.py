@@ -192,7 +192,7 @@ def _make_captions(arm: Arm, seed: int, folder: Path, data: Path) -> None:
         _program(
             *("conf=conf/annotate_demo.yaml", f"data.images={data / 'dense.parquet'}"),
             *(f"captioner.model={model.resolve()}", "captioner.temperature=0.0", "annotate.form=webdataset"),
-            *(f"run_dir={run_dir}", f"seed={seed}"),
+            *(f"run_dir={run_dir}", f"seed={seed}", *(["resume=true"] if run_dir.is_dir() else [])),
         )
         out.symlink_to((run_dir / "captions").resolve())
 

@@ -15,7 +15,12 @@ import pyarrow.parquet as pq
 from caprl_async.data.rows import BadRow, DataError, Reject, checked, id_of, place
 
 SUFFIXES = (".parquet", ".jsonl", ".tar")
-_IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img")  # columns, or extensions in a tar file
+_IMAGES = (
+    *("image", "path", "jpg", "jpeg", "png", "webp", "gif", "tif", "tiff", "bmp", "avif", "jp2", "ppm"),
+    "img",
+)
+"""Columns, or extensions in a tar file."""
+
 _TEXTS = ("caption", "captions", "text", "txt", "answer", "reference_caption")
 _IDS = ("id", "image_id", "__key__")
 _MARK = "<image>"
@@ -136,15 +141,17 @@ def _object(text: str | bytes, where: str) -> Mapping[str, Any] | Reject:
 
 
 def _tar(file: Path) -> Iterator[Mapping[str, Any] | Reject]:
-    """Samples of a tar file: members that stand together and are equal up to their first dot."""
+    """Samples of a tar file: members that stand together and are equal up to the first dot of their names."""
     sample: dict[str, Any] = {}
     key = ""
     with tarfile.open(file) as tar:
         for member in tar:
-            stem, _, extension = member.name.partition(".")
+            folder, _, name = member.name.rpartition("/")
+            first, _, extension = name.partition(".")
             opened = tar.extractfile(member) if member.isfile() else None
-            if opened is None or Path(stem).name.startswith("_"):
+            if opened is None or first.startswith("_") or not first:
                 continue
+            stem, extension = f"{folder}/{first}" if folder else first, extension.lower()
             if stem != key and sample:
                 yield sample
                 sample = {}
@@ -161,6 +168,6 @@ def _tar(file: Path) -> Iterator[Mapping[str, Any] | Reject]:
             elif extension == "txt":
                 sample["txt"] = data.decode("utf-8", errors="replace")
             else:
-                sample[extension.lower()] = data
+                sample[extension] = data
         if sample:
             yield sample

@@ -1,6 +1,6 @@
 """Examples made ready for training, once: images checked and known by their hash, texts as token ids.
 
-One parquet file, of which every rank reads the rows that it needs; a million examples take some hundred MB.
+One Arrow file, which every rank maps into its memory: it takes up what is read of it, not its size.
 """
 
 from __future__ import annotations
@@ -15,11 +15,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from caprl_async.data.examples import Example, read_examples
 from caprl_async.data.images import BadImage, ImageStore
-from caprl_async.data.processor import Grid, PolicyProcessor, UnreadableImage, read_size
+from caprl_async.data.processor import (
+    Grid,
+    PolicyProcessor,
+    UnreadableImage,
+    UnsupportedModel,
+    read_size,
+)
 from caprl_async.data.rows import DataError, Reject, append_rejects
 from caprl_async.types import ImageRef
 
@@ -34,7 +39,7 @@ _SCHEMA = pa.schema(
     ]
 )
 _ABOUT = b"caprl_async"
-_GROUP = 4096  # rows of a row group
+_GROUP = 4096  # rows of a batch of the file
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class IndexSpec:
     """What an index is made from; another one is made anew."""
 
     data: str
-    prompt: str  # instead of the examples' own; empty: theirs
+    prompt: str  # of examples without one of their own
     max_tokens: int  # longer texts are left out
 
 
@@ -62,7 +67,7 @@ class Index:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._table = pq.read_table(path, memory_map=True)
+        self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -96,16 +101,17 @@ def make_index(
         DataError: no example can be used.
     """
     about = _about(spec, processor)
-    if path.is_file() and (pq.read_schema(path).metadata or {}).get(_ABOUT) == about:
+    if path.is_file() and _made_as(path) == about:
         return Index(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     store = ImageStore(images)
     refused: list[Reject] = []
     written = 0
-    with pq.ParquetWriter(partial, _SCHEMA.with_metadata({_ABOUT: about})) as writer:
+    schema = _SCHEMA.with_metadata({_ABOUT: about})
+    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, schema) as writer:
         for rows in _groups(spec, processor, store, refused):
-            writer.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA))
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
             written += len(rows)
             progress(written)
     append_rejects(rejects, Path(spec.data), refused)
@@ -115,6 +121,14 @@ def make_index(
         raise DataError(f"{spec.data}: no example can be used ({why}); see {rejects}")
     partial.replace(path)
     return Index(path)
+
+
+def _made_as(path: Path) -> bytes | None:
+    """What an index says that it was made from."""
+    with pa.memory_map(str(path)) as file:
+        metadata = pa.ipc.open_file(file).schema.metadata or {}
+    found: bytes | None = metadata.get(_ABOUT)
+    return found
 
 
 def _groups(
@@ -155,12 +169,19 @@ def _row(
         grid = processor.grid(*read_size(image))
     except (BadImage, UnreadableImage) as error:
         return Reject(example.row_id, None, "bad_image", str(error), column="image")
+    prompt = example.prompt or spec.prompt
+    if not prompt:
+        return Reject(example.row_id, None, "no_prompt", "and data.prompt is empty")
+    try:
+        asked = prompt_ids(prompt)
+    except UnsupportedModel as error:  # it holds an image's placeholder, say
+        return Reject(example.row_id, None, "bad_prompt", str(error)[:300], column="prompt")
     return {
         "row_id": example.row_id,
         "sha256": image.sha256,
         "path": image.path,
         "grid": list(grid),
-        "prompt": list(prompt_ids(spec.prompt or example.prompt)),
+        "prompt": list(asked),
         "texts": [list(ids) for ids in short],
     }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from caprl_async import conf
+from caprl_async.conf import ConfError
 from caprl_async.conf_files import STAGES
 from caprl_async.config import Config, StageConfig
 from caprl_async.jobs import sft
@@ -18,6 +19,7 @@ def run(config: Config) -> None:
     that was broken off goes on. `run_dir/model` leads to the last one's result.
 
     Raises:
+        ConfError: a stage's folder holds what another conf has made.
         DataError, RingFailed: see `jobs.sft`.
     """
     console = Console(stderr=True)
@@ -28,10 +30,16 @@ def run(config: Config) -> None:
         if not stage.data:
             continue
         folder = root / f"{number}-{name}"
-        done = folder / "result.json"
-        if not done.is_file():
+        own = stage_config(config, stage, folder, model)
+        if (folder / conf.RESOLVED).is_file() and not conf.is_resolved(own, folder):
+            raise ConfError(
+                f"{folder / conf.RESOLVED} is another conf's; choose another run_dir=... than {root}"
+            )
+        if (folder / "result.json").is_file():
+            console.print(f"stage {name}: done already, in {folder}", markup=False, soft_wrap=True)
+        else:
             console.print(f"stage {name}: {stage.steps} steps from {model}", markup=False, soft_wrap=True)
-            sft.run(stage_config(config, stage, folder, model))
+            sft.run(own)
         model = str((folder / "model").resolve())
     link = root / "model"
     link.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from caprl_async.learner.supervised_actor import TRAIN, VALIDATION
 from caprl_async.observe.diary import note
 from caprl_async.observe.environment import write_environment
 from caprl_async.observe.gauges import Gauges
-from caprl_async.observe.metrics import MetricsWriter
+from caprl_async.observe.metrics import MetricsWriter, read_metrics
 from caprl_async.observe.names import METRICS
 from caprl_async.observe.progress import Progress as Steps
 from caprl_async.observe.report import write_report
@@ -31,6 +31,7 @@ from caprl_async.replay.eval_spec import heldout_spec
 from caprl_async.ring import cluster
 from caprl_async.ring.checkpoints import RING
 from caprl_async.ring.supervised import SupervisedRing
+from caprl_async.types import FOREIGN, Version
 
 
 def run(config: Config) -> None:
@@ -130,11 +131,14 @@ class _Tuning:
         if measured and self.ring.version.step == 0:
             self.console.print("measuring the start on held-out images")
             self.rows["start"] = self._evaluate("start")
-        found = self._train()
+        found = self._train() or (read_metrics(self.run_dir) or [{}])[-1]  # none: a resume at the last step
         self.ring.finish()
         if measured:
             self.console.print("measuring the result on held-out images")
             self.rows["trained"] = self._evaluate("trained")
+            if "start" not in self.rows:  # this run was resumed
+                self.ring.show_weights_of(self.config.policy.model)
+                self.rows["start"] = self._evaluate("start", FOREIGN)
             print_table(self.rows, self.console)
         write_result(
             self.run_dir / "result.json",
@@ -146,7 +150,7 @@ class _Tuning:
         )
 
     def _train(self) -> dict[str, float]:
-        """The last step's metrics."""
+        """The last step's metrics; empty if there was no step to make."""
         config = self.config
         gauges = Gauges(self.run_dir.resolve().name)
         names = config.observe.trackers
@@ -178,8 +182,8 @@ class _Tuning:
                 keeper.after(step)
         return metrics
 
-    def _evaluate(self, name: str) -> Row:
-        return Row.of(self.ring.evaluate(heldout_spec(self.config, name)))
+    def _evaluate(self, name: str, version: Version | None = None) -> Row:
+        return Row.of(self.ring.evaluate(heldout_spec(self.config, name, "policy", version=version)))
 
     def _alarm(self, text: str) -> None:
         self.console.print(text, style="bold red", markup=False, soft_wrap=True)

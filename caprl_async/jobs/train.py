@@ -5,6 +5,7 @@ Everything it learns on the way is in the run folder: see the README for what ea
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from contextlib import closing
@@ -162,7 +163,7 @@ class _Training:
                 gauges.set(metrics)
                 trackers.log(step, {name: x for name, x in metrics.items() if math.isfinite(x)})
                 if step % max(1, config.steps // _PICTURES) == 0:
-                    trackers.show(step, samples_of(self.run_dir, step - 1))
+                    trackers.show(step, functools.partial(samples_of, self.run_dir, step - 1))
                 progress.show(step, metrics)
                 keeper.after(step)
 

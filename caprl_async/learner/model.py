@@ -114,13 +114,19 @@ def checkpoint_activations(model: Any, config: LearnerConfig) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": reentrant, "preserve_rng_state": False})
     # transformers makes every embedding's output need a gradient, the frozen tower's too.
     model.disable_input_require_grads()
-    if config.freeze_vision or config.lora.rank:
-        model.model.visual.gradient_checkpointing_disable()  # it has no backward
-    if reentrant and config.lora.rank:
-        # A reentrant checkpoint whose input needs no gradient gives none to the adapters inside it.
-        model.get_input_embeddings().register_forward_hook(
-            lambda module, args, embeds: embeds.requires_grad_(True)
-        )
+    tower, embeddings = model.model.visual, model.get_input_embeddings()
+    blocks = [p for name, p in tower.named_parameters() if not name.startswith("merger")]
+    if not any(p.requires_grad for p in blocks):
+        tower.gradient_checkpointing_disable()  # it has no backward
+    elif reentrant:
+        _give_gradient(tower.patch_embed)
+    if reentrant and not any(p.requires_grad for p in embeddings.parameters()):
+        _give_gradient(embeddings)
+
+
+def _give_gradient(module: nn.Module) -> None:
+    """A reentrant checkpoint whose input needs no gradient gives none to what is trained inside it."""
+    module.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
 
 
 def use_fast_kernels(hf: Any) -> None:

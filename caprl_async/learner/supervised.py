@@ -49,6 +49,9 @@ class SupervisedTrainer(Trainer):
         # Sampling's temperature and banned tokens are not the data's.
         return PolicyModel(hf, frozenset(), 1.0, self.config.learner.logprob_chunk, self.prefix)
 
+    def _reference(self) -> None:
+        """There is none: nothing is held near the start."""
+
     def fit(self, sequences: Sequence[TrainSequence], step: int) -> dict[str, float]:
         """One optimizer step, number `step` from 0; metrics, the same on every rank.
 

@@ -15,7 +15,7 @@ from caprl_async.types import Version
 if TYPE_CHECKING:
     from caprl_async.data.processor import PolicyProcessor
 
-TRAIN, VALIDATION = "train.parquet", "validation.parquet"
+TRAIN, VALIDATION = "train.arrow", "validation.arrow"
 """Names of the indices in `run_dir/sft`."""
 
 _AT_ONCE = 64  # images that are validated together

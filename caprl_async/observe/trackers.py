@@ -221,7 +221,13 @@ class Trackers:
         for name, tracker in list(self._open.items()):
             self._try(name, functools.partial(tracker.log, step, metrics))
 
-    def show(self, step: int, samples: Sequence[Sample]) -> None:
+    def show(self, step: int, read: Callable[[], Sequence[Sample]]) -> None:
+        """Shows what `read()` gives; where that fails, the next time may do better."""
+        try:
+            samples = read()
+        except (OSError, KeyError, TypeError) as error:
+            self._say(f"no samples of step {step} for observe.trackers: {type(error).__name__}: {error}")
+            return
         for name, tracker in list(self._open.items()) if samples else ():
             self._try(name, functools.partial(tracker.show, step, samples))
 

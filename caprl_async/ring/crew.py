@@ -220,6 +220,8 @@ class Crew:
     def _poll_starting(self, now: float) -> None:
         """Takes back into the ring what has come up again; does not block otherwise."""
         for name, (call, deadline) in list(self._starting.items()):
+            if self.weights.abandoned and name.startswith("rollout"):
+                continue  # until another learner can give it weights
             if not ray.wait([call], timeout=0)[0]:
                 if now > deadline and self._watch is not None:
                     del self._starting[name]
@@ -237,9 +239,12 @@ class Crew:
             if name == HUB:
                 self._moved(answer)
             elif name in self._named(self._roster.rollouts):
-                # Not what was broadcast last: the learner may hold it no more.
-                foreign = self.weights.wanted == FOREIGN
-                self.weights.rejoin(FOREIGN if foreign else self.version)
+                self._rejoin()
+
+    def _rejoin(self) -> None:
+        """A rollout is back, or new: it gets the weights of now."""
+        # Not what was broadcast last: the learner may hold it no more.
+        self.weights.rejoin(FOREIGN if self.weights.wanted == FOREIGN else self.version)
 
     def _moved(self, address: HubAddress) -> None:
         """Tells everyone where the queue is now; mostly it is where it was."""

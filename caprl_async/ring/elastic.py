@@ -26,6 +26,7 @@ class Elastic(Crew):
     def __init__(self, config: Config, say: Callable[[str], None], first_bundle: int) -> None:
         super().__init__(config, say, first_bundle)
         self._extras = Extras(config)
+        self._given_up: dict[str, str] = {}  # who is to leave, and why
 
     def scale(self, *, rollouts: int | None = None, judges: int | None = None) -> None:
         """From now on so many of each; None: as before. They come as the cluster has room for them.
@@ -44,17 +45,22 @@ class Elastic(Crew):
             self._roster = self._roster.minus(name)
         if ray.is_initialized():
             self._extras.close()
+        self._given_up.clear()
 
     def _tick(self) -> None:
         super()._tick()
-        # Within a trial of Tune the places belong to the trial.
-        if self._watch is None or not self._owns_group:
+        # Within a trial of Tune the places are the trial's; without a learner nobody can be given weights.
+        if self._watch is None or not self._owns_group or self.weights.abandoned:
             return
+        for name, reason in list(self._given_up.items()):
+            del self._given_up[name]
+            if name in self._extras:
+                self._say(f"{reason}; going on without {name}")
+                self._leave(name, for_good=True)
         for spec, group in self._extras.placed(time.monotonic()):
             self._join(spec, group)
         for name in self._extras.unwanted():
             self._leave(name)
-            self._extras.release(name)
 
     def _join(self, spec: ActorSpec, group: object) -> None:
         assert self._watch is not None
@@ -65,7 +71,7 @@ class Elastic(Crew):
         self._roster = self._roster.plus(spec)
         self._watch.add(spec.name, self._handles[spec.name], restarts=True)
 
-    def _leave(self, name: str) -> None:
+    def _leave(self, name: str, *, for_good: bool = False) -> None:
         assert self._watch is not None
         self._say(f"{name} leaves")
         self.weights.settle()
@@ -76,13 +82,12 @@ class Elastic(Crew):
         ray.wait([handle.stop.remote()], timeout=_LEAVE_S)
         ray.kill(handle, no_restart=True)
         self.hub.dismiss.remote(name)
+        self._extras.release(name, for_good=for_good)
         if name.startswith("rollout"):
             self.weights.open()
 
     def _cannot_go_on(self, name: str, error: RingFailed) -> None:
-        """The ring goes on without one that joined."""
+        """The ring goes on without one that joined; it leaves when nothing is being sent."""
         if name not in self._extras:
             raise error
-        self._say(f"{error}; going on without {name}")
-        self._leave(name)
-        self._extras.release(name, for_good=True)
+        self._given_up[name] = str(error)

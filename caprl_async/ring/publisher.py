@@ -48,6 +48,7 @@ class Publisher:
     ) -> None:
         self.wanted = Version(0, 0)
         self.metrics: dict[str, float] = {}  # of the last transfer, seconds
+        self.abandoned = False  # nothing can be sent before `send_with`
         self._sync = sync
         self._members = members
         self._restart = restart
@@ -116,6 +117,7 @@ class Publisher:
 
     def abandon(self) -> None:
         """The learner is gone: forgets its transfers. Engines that it left half written start again."""
+        self.abandoned = True
         pending, self._pending = self._pending, None
         self._aside.shutdown(wait=False)
         self._sync.close()
@@ -130,6 +132,7 @@ class Publisher:
         """
         self._sync = sync
         self._aside = ThreadPoolExecutor(1, thread_name_prefix="weight-group")
+        self.abandoned = False
         self.open()
 
     def close(self) -> None:

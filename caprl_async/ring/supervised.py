@@ -13,6 +13,7 @@ from caprl_async.ring.supervisor import Supervisor
 from caprl_async.types import Version
 
 _CUT = "supervised.json"
+_NONE = Version(-1, 0)  # of engines whose weights nobody has asked for yet
 
 
 class SupervisedRing(Supervisor):
@@ -37,6 +38,17 @@ class SupervisedRing(Supervisor):
         if spec.source == "policy" and spec.version is None and self.weights.wanted != self.version:
             self.ask_learners("present", self.version)
         return super()._evaluate(spec)
+
+    def _show(self) -> None:
+        if self._foreign is None:
+            self.ask_learners("present", self.version)
+        super()._show()
+
+    def _rejoin(self) -> None:
+        """Weights are gathered only for an evaluation: the ranks may be training now."""
+        self.weights.settle()
+        self.weights.wanted = _NONE
+        self.weights.open()
 
     def finish(self) -> None:
         self._surviving(self.weights.settle)
