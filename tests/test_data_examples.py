@@ -94,6 +94,22 @@ def test_webdataset_with_text_or_json_beside_each_image(tmp_path: Path) -> None:
     assert (second.row_id, second.texts, second.image) == ("b", ("blue",), png("blue"))
 
 
+def test_names_in_a_tar_file_end_at_the_first_dot_of_the_last_part(tmp_path: Path) -> None:
+    members = {
+        f"./v1.0/{i}.{kind}": data for i in (1, 2) for kind, data in (("PNG", png()), ("TXT", b"red ."))
+    }
+    found = examples(write_tar(tmp_path / "x.tar", members))
+    assert [one.row_id for one in found] == ["x.tar/./v1.0/1", "x.tar/./v1.0/2"]
+
+
+def test_captions_of_annotated_files_are_examples(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    row = {"id": "a", "path": str(tmp_path / "a.png"), "prompt": "describe", "captions": ["red", "all red"]}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "x.parquet")
+    (found,) = examples(tmp_path / "x.parquet")
+    assert (found.image, found.texts) == (tmp_path / "a.png", ("red", "all red"))
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
