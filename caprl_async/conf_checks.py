@@ -146,11 +146,7 @@ def _choices(config: Config) -> Iterator[str]:
 def _combinations(config: Config) -> Iterator[str]:
     yield from trackers.problems(config.observe.trackers)
     yield from _device(config)
-    yield from _numbers("rollout", config.rollout)
-    yield from _numbers("judge", config.judge)
-    yield from _panel(config)
-    yield from _engine("rollout.engine", config.rollout.engine, config)
-    yield from _engine("judge.engine", config.judge.engine, config)
+    yield from _engines(config)
     yield from _sampling(config)
     yield from _queue(config)
     yield from conf_loss.problems(config)
@@ -189,11 +185,7 @@ def _supervised(config: Config) -> Iterator[str]:
     yield from conf_learner.problems(config)
     yield from _pixels(config)
     if config.data.heldout:
-        yield from _numbers("rollout", config.rollout)
-        yield from _numbers("judge", config.judge)
-        yield from _panel(config)
-        yield from _engine("rollout.engine", config.rollout.engine, config)
-        yield from _engine("judge.engine", config.judge.engine, config)
+        yield from _engines(config)
         yield from _judging(config)
         yield from _endpoint(config)
     yield from _heldout(config)
@@ -205,6 +197,14 @@ _SETTINGS: Mapping[str, tuple[tuple[Check, ...], ...]] = {
     "pretrain": ((_supervised,),),
 }
 """Beside the values one by one, what must fit together for a job."""
+
+
+def _engines(config: Config) -> Iterator[str]:
+    yield from _numbers("rollout", config.rollout)
+    yield from _numbers("judge", config.judge)
+    yield from _panel(config)
+    yield from _engine("rollout.engine", config.rollout.engine, config)
+    yield from _engine("judge.engine", config.judge.engine, config)
 
 
 def _numbers(key: str, actors: RolloutConfig | JudgeConfig) -> Iterator[str]:

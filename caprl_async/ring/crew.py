@@ -205,9 +205,7 @@ class Crew:
             return
         self._say(f"{name} died; starting it again")
         self._died(name)
-        handle = self._handles.get(name)
-        if handle is None:  # it has been let go
-            return
+        handle = self._handles[name]
         if name == HUB:
             assert self._address is not None
             port = int(self._address.endpoint.rpartition(":")[2])
