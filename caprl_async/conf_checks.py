@@ -111,7 +111,7 @@ def _ranges(config: Config) -> Iterator[str]:
         value = value_of(config, leaf.key)
         if problem := conf_values.problem(leaf.key, value):
             yield problem
-        elif leaf.key in BOUNDS and not BOUNDS[leaf.key][1](value):
+        elif leaf.key in BOUNDS and value is not None and not BOUNDS[leaf.key][1](value):
             yield f"{leaf.key}={value} must be {BOUNDS[leaf.key][0]}"
     if config.rollout.group_size < 2:
         yield (

@@ -40,8 +40,10 @@ class EngineConfig:
     max_num_seqs: int = key(128, "sequences that one engine step may hold")
     max_num_batched_tokens: int = key(8192, "tokens that one engine step may compute")
     block_size: int | None = key(None, "tokens per KV block; CPU takes multiples of 32; null: vLLM's default")
-    kv_cache_gib: float = key(1.0, "CPU: memory for keys and values, GiB")
-    gpu_memory_utilization: float = key(0.85, "GPU: share of the memory the engine may take")
+    kv_cache_gib: float | None = key(
+        None, "memory for keys and values, GiB; null: 1 on a CPU, what the next key leaves on a GPU"
+    )
+    gpu_memory_utilization: float = key(0.85, "GPU: share of its memory that must be free for the engine")
     tensor_parallel_size: int = key(1, "workers of an engine; on a GPU each, as many as ring.gpus_per_*")
     dtype: str = key("bfloat16", "weights and activations of the engine")
     enforce_eager: bool = key(False, "no compilation, no CUDA graphs")

@@ -138,7 +138,7 @@ def plain(args: argparse.Namespace) -> dict[str, Any]:
     """What vLLM's users write: its LLM, its own images, its own chat template."""
     from caprl_async import conf
     from caprl_async.data.processor import pixel_size
-    from caprl_async.engine.build import set_environment
+    from caprl_async.engine.build import memory_arguments, set_environment
 
     config = conf.load(["conf=conf/annotate_demo.yaml", *args.arguments])
     captioner = config.captioner
@@ -151,17 +151,13 @@ def plain(args: argparse.Namespace) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     engine = captioner.engine
-    device: dict[str, Any] = (
-        {"gpu_memory_utilization": engine.gpu_memory_utilization}
-        if torch.cuda.is_available()
-        else {"kv_cache_memory_bytes": int(engine.kv_cache_gib * 2**30)}
-    )
+    memory = memory_arguments(engine, on_cpu=not torch.cuda.is_available())
     llm = LLM(
         model=captioner.model, dtype=engine.dtype, max_model_len=engine.max_model_len, seed=config.seed,
         max_num_seqs=engine.max_num_seqs, max_num_batched_tokens=engine.max_num_batched_tokens,
         block_size=engine.block_size, enforce_eager=engine.enforce_eager,
         tensor_parallel_size=engine.tensor_parallel_size, limit_mm_per_prompt={"image": 1, "video": 0},
-        mm_processor_kwargs={"size": pixel_size(captioner.min_pixels, captioner.max_pixels)}, **device,
+        mm_processor_kwargs={"size": pixel_size(captioner.min_pixels, captioner.max_pixels)}, **memory,
     )  # fmt: skip
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": config.data.prompt}]}
     from transformers import AutoProcessor

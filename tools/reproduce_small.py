@@ -2,7 +2,8 @@
 
 Each arm is a run of the program; what has a result is not run again, what was broken off goes on. Then a
 table: the mean of each arm over the seeds, and each comparison of the paper with its figures there and, here,
-the difference over paired seeds with its 95 % interval (Student's t). About an hour a seed on two cores.
+the difference over paired seeds with its 95 % interval (Student's t).
+Half an hour to an hour a seed on two cores.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _UNMEASURED = (
     *("data.heldout=", "evaluate.heldout_judge.model=", "evaluate.heldout_judge.data="),
     *("evaluate.interval=0", "evaluate.program="),
 )
-_RL = ("conf=conf/demo.yaml", "evaluate.dense_policy=", "evaluate.interval=0")
+_RL = ("conf=conf/demo.yaml", "steps=50", "evaluate.dense_policy=", "evaluate.interval=0")
 _SFT = ("conf=conf/sft_demo.yaml", "evaluate.interval=0", "sft.validation=")
 _LONGER = (*_SFT, "steps=400")
 _LETTERS = "judge.model=pkg:tiny/models/judge_letters"

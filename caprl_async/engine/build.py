@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
 GIB = 1 << 30
+_CPU_KV_GIB = 1.0
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,23 @@ def _for_platform(config: EngineConfig) -> dict[str, Any]:
 
     if current_platform.is_cpu():
         # After part of a prefill vLLM rewinds a seeded request's generator, which those of the CPU cannot do.
-        return {"kv_cache_memory_bytes": int(config.kv_cache_gib * GIB), "enable_chunked_prefill": False}
-    return {"gpu_memory_utilization": config.gpu_memory_utilization}
+        return {**memory_arguments(config, on_cpu=True), "enable_chunked_prefill": False}
+    return memory_arguments(config, on_cpu=False)
+
+
+def memory_arguments(config: EngineConfig, *, on_cpu: bool) -> dict[str, Any]:
+    """vLLM's arguments that say how much memory an engine takes.
+
+    Left to itself vLLM measures on a GPU how much remains for keys and values, and counts whatever others
+    take of it meanwhile: engines that start together on one GPU need `kv_cache_gib`.
+    """
+    arguments: dict[str, Any] = {}
+    if not on_cpu:
+        arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
+    gib = _CPU_KV_GIB if on_cpu and config.kv_cache_gib is None else config.kv_cache_gib
+    if gib is not None:
+        arguments["kv_cache_memory_bytes"] = int(gib * GIB)
+    return arguments
 
 
 def _images(vision: VisionLimits | None) -> dict[str, Any]:

@@ -174,20 +174,22 @@ class TrainEngine:
             raise GradientNotFinite(f"the norm of the gradient is {norm}")
 
     def gather(self, module: nn.Module) -> dict[str, Tensor] | None:
-        """Copies of all parameters of a submodule by name, on the CPU of rank 0; None on the other ranks.
+        """Copies of all parameters of a submodule by name, in rank 0's host memory; None on the other ranks.
 
         Adapters are merged into what they adapt.
         """
         return self.gather_weights(merged_weights(module))
 
     def gather_weights(self, weights: Iterable[Weight]) -> dict[str, Tensor] | None:
-        """Their values by name, on the CPU of rank 0; None on the other ranks."""
+        """Their values by name, in rank 0's host memory; None on the other ranks."""
         keep = dist.get_rank() == 0
         copies: dict[str, Tensor] = {}
         for weight in weights:
             with self._whole(weight.parts):
                 if keep:
                     copies[weight.name] = weight.value()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         return copies if keep else None
 
     @contextmanager
@@ -199,6 +201,8 @@ class TrainEngine:
 
         with deepspeed.zero.GatheredParameters(parameters):
             yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # what is gathered goes, copies of it may be under way
 
     def save(self, folder: Path) -> list[Copied]:
         """Copies of this rank's parts of parameters and optimizer, and of its random state: to be written."""

@@ -88,20 +88,31 @@ class Weight:
         return [self.base, *(self.adapter or ())]
 
     def value(self) -> Tensor:
-        """A copy on the CPU, in the base's dtype; the sum is made in float32 or better.
+        """A copy in host memory (`on_host`), in the base's dtype; the sum is made in float32 or better.
 
         In bfloat16 an entry of the base stands on the grid and what adapters add is mostly far less than a
         step of it, so that rounding to the nearest would send engines the base. The sum is dithered instead.
         """
         base = self.base.detach()
         if self.adapter is None:
-            return base.to("cpu", copy=True)
+            return on_host(base)
         exact = torch.promote_types(base.dtype, torch.float32)
         down, up = (part.detach().to(exact) for part in self.adapter)
         merged = torch.addmm(base.to(exact), up, down, alpha=self.scale)
         if base.dtype is torch.bfloat16:
             merged = dithered(merged, zlib.crc32(self.name.encode()))
-        return merged.to("cpu", base.dtype)
+        return on_host(merged.to(base.dtype))
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """A copy in host memory. From a GPU into pinned memory and not waited for: synchronise before reading it.
+
+    Copies to pageable memory go in pieces, of which each waits for its turn on a GPU that engines share.
+    """
+    if tensor.device.type == "cpu":
+        return tensor.clone()
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return copy.copy_(tensor, non_blocking=True)
 
 
 def dithered(values: Tensor, seed: int) -> Tensor:
