@@ -381,8 +381,9 @@ def _nearest_key(prefix: str, name: str, room: type) -> str:
 
 def _wrong_type(key: str, value: Any, wanted: Any, source: str) -> str:
     head = f"{key}={_shown(value)} in {source}"
-    if isinstance(wanted, type) and issubclass(wanted, enum.Enum):
-        names = [member.name for member in wanted]
+    kinds = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    if isinstance(kinds[0], enum.EnumMeta):
+        names = [*kinds[0].__members__, *(["null"] if types.NoneType in kinds else [])]
         close = difflib.get_close_matches(_shown(value).strip("'"), names, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         return f"{head} is none of {' | '.join(names)}{hint}"

@@ -327,18 +327,21 @@ def _queue(config: Config) -> Iterator[str]:
 
 def _judging(config: Config) -> Iterator[str]:
     prompt = config.judge.prompt
-    mode = config.judge.mode
-    if config.judge.temperature == 0 and mode in (JudgeMode.expected, JudgeMode.likelihood):
-        yield (
-            f"judge.temperature=0 with judge.mode={mode.name}: probabilities need a temperature; only sample "
-            "and text have a greedy judge"
-        )
-    try:
-        check_placeholders(prompt, ALWAYS)
-        if mode in (JudgeMode.expected, JudgeMode.sample):
-            check_placeholders(prompt, WITH_LETTERS)
-    except PromptError as error:
-        yield f"{error} (judge.mode={mode.name})"
+    modes = {"judge.mode": config.judge.mode}
+    if config.evaluate.heldout_judge.mode is not None:
+        modes["evaluate.heldout_judge.mode"] = config.evaluate.heldout_judge.mode
+    for key, mode in modes.items():
+        if config.judge.temperature == 0 and mode in (JudgeMode.expected, JudgeMode.likelihood):
+            yield (
+                f"judge.temperature=0 with {key}={mode.name}: probabilities need a temperature; only sample "
+                "and text have a greedy judge"
+            )
+        try:
+            check_placeholders(prompt, ALWAYS)
+            if mode in (JudgeMode.expected, JudgeMode.sample):
+                check_placeholders(prompt, WITH_LETTERS)
+        except PromptError as error:
+            yield f"{error} ({key}={mode.name})"
     if not prompt.abstain.strip():
         yield "judge.prompt.abstain must be a text: it is an option of every question"
 

@@ -341,6 +341,7 @@ class HeldoutJudgeConfig:
 
     model: str = key("", "folder of its checkpoint; empty: none")
     data: str = key("", "held-out questions in its own wording; empty: data.heldout")
+    mode: JudgeMode | None = key(None, "as judge.mode; null: the same")
 
 
 @dataclass

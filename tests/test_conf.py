@@ -413,3 +413,9 @@ def test_every_preset_fits_the_demo_and_is_complete(name: str, tmp_path: Path) -
 
     for other in ("grpo", "caprl", "icepop", "gspo", "decoupled_ppo"):
         assert learner(other, name) == learner(name)
+
+
+def test_a_choice_that_may_be_null_names_its_values(load: Callable[..., Config]) -> None:
+    assert load("evaluate.heldout_judge.mode=text").evaluate.heldout_judge.mode is JudgeMode.text
+    with pytest.raises(ConfError, match=r"none of expected \| sample \| likelihood \| text \| null"):
+        load("evaluate.heldout_judge.mode=blind")

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def judge_config(config: Config, serves: str) -> JudgeConfig:
-    """The judge that answers `serves` questions; judges differ in their model only.
+    """The judge that answers `serves` questions; those that train differ in their model only.
 
     The held-out model is held by an engine of ours, also where the other judge is an endpoint.
 
@@ -42,8 +42,12 @@ def judge_config(config: Config, serves: str) -> JudgeConfig:
         return dataclasses.replace(config.judge, model=model_of(config.judge, serves))
     if serves != "heldout":
         raise ValueError(f"a judge serves one of {(*judges, 'heldout')}, not {serves!r}")
+    heldout = config.evaluate.heldout_judge
     return dataclasses.replace(
-        config.judge, model=config.evaluate.heldout_judge.model, endpoint=JudgeEndpointConfig()
+        config.judge,
+        model=heldout.model,
+        mode=heldout.mode or config.judge.mode,
+        endpoint=JudgeEndpointConfig(),
     )
 
 
