@@ -30,7 +30,8 @@ def data(tool: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made_from.write_unfiltered(TRAIN, made / "unfiltered.parquet", 0.3, 0)
     made_from.write_answers(TRAIN, made / "answers.parquet", 3)
     made_from.write_answers(TRAIN, made / "asked.parquet", 2)
-    (made / "init").symlink_to(TRAIN.parent.parent / "models" / "policy")
+    for name in ("init", "larger"):
+        (made / name).symlink_to(TRAIN.parent.parent / "models" / "policy")
     for name in ("by-start", "by-caprl-0"):
         (made / name).mkdir()
     return made

@@ -210,10 +210,11 @@ def _make_captions(arm: Arm, seed: int, folder: Path, data: Path) -> None:
 
 
 def _make_larger(folder: Path) -> None:
-    """A larger captioner, trained like the start was on what people write: sparse captions of fresh images."""
+    """A larger captioner, trained as the start was: on sparse captions of fresh images."""
     if (folder / "model.safetensors").is_file():
         return
     import torch
+
     from caprl_async.tiny.models import new_policy, save_model
     from caprl_async.tiny.pretrain import train_captions
 
