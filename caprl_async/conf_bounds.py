@@ -119,6 +119,8 @@ BOUNDS: dict[str, Bound] = {
     "weights.timeout_s": _POSITIVE,
     "evaluate.interval": _NOT_NEGATIVE,
     "evaluate.images": _NOT_NEGATIVE,
+    "data.frames": _NOT_NEGATIVE,
+    "data.fps": _POSITIVE,
     "evaluate.probe_images": _NOT_NEGATIVE,
     "evaluate.temperature": _NOT_NEGATIVE,
     **{f"{who}.{name}": bound for who in WRITERS for name, bound in _WRITER.items()},

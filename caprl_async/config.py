@@ -60,6 +60,8 @@ class DataConfig:
     images: str = key("", "annotate: folder of images, or of .parquet, .tar or .arrow files, or one of these")
     prompt: str = key("Please describe this image in detail.", "what the captioner is asked")
     image_dir: str = key("", "images by content hash are written here; empty: run_dir/images")
+    frames: int = key(0, "most frames that a video is shown as, each with its time; 0: no videos")
+    fps: float = key(1.0, "frames of a video per second, as long as data.frames allows")
     shuffle: bool = key(True, "a new order each epoch, from the seed")
     questions_per_image: int = key(0, "questions drawn per group, by weight; 0: all of the image's questions")
     adaptive_questions: bool = key(

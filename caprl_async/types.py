@@ -73,11 +73,35 @@ class Question(Struct, frozen=True):
     weight: float = 1.0
 
 
-class ImageRef(Struct, frozen=True):
-    """An image by content; the pixels lie at a path that every node can read."""
+class Frame(Struct, frozen=True):
+    """One picture of a video."""
 
     sha256: str  # of the encoded bytes
     path: str
+    time: float  # seconds from the video's start
+
+
+class ImageRef(Struct, frozen=True):
+    """An image by content; the pixels lie at a path that every node can read.
+
+    A video is its frames: `sha256` then names all of them with their times, and `path` is the first one's.
+    """
+
+    sha256: str  # of the encoded bytes
+    path: str
+    frames: tuple[Frame, ...] = ()
+
+    @property
+    def pictures(self) -> tuple[ImageRef, ...]:
+        """What a model is shown: the frames of a video, or the image alone."""
+        if not self.frames:
+            return (self,)
+        return tuple(ImageRef(sha256=frame.sha256, path=frame.path) for frame in self.frames)
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """Seconds of a video's frames; none of an image."""
+        return tuple(frame.time for frame in self.frames)
 
 
 class ImageData(Struct, frozen=True):
@@ -85,6 +109,10 @@ class ImageData(Struct, frozen=True):
 
     sha256: str  # of the encoded bytes
     data: bytes
+
+    @property
+    def pictures(self) -> tuple[ImageData, ...]:
+        return (self,)
 
     @classmethod
     def of(cls, data: bytes) -> ImageData:
@@ -143,7 +171,7 @@ class CaptionGroup(Struct, frozen=True):
     attempt: int
     prompt_token_ids: tuple[int, ...]  # image placeholders expanded, as the engine saw them
     image_sha256: str
-    image_grid: tuple[tuple[int, int, int], ...]  # (t, h, w) patches of each image
+    image_grid: tuple[tuple[int, int, int], ...]  # (t, h, w) patches of each picture
     captions: tuple[Caption, ...]
     actor: str
     started: float

@@ -164,8 +164,8 @@ def test_the_index_holds_what_can_be_used_and_is_made_once(
     assert (ready.row_id, ready.image.path) == ("a", str(tmp_path / "a.png"))
     assert [processor.tokenizer.decode(ids[:-1]) for ids in ready.texts] == ["topleft red circle ."]
     assert ready.texts[0][-1] == processor.eos_token_id
-    expanded = processor.expanded(ready.prompt, ready.grid)
-    assert expanded.count(processor.image_token_id) == processor.image_tokens(ready.grid) == 16
+    expanded = processor.expanded(ready.prompt, ready.grids)
+    assert expanded.count(processor.image_token_id) == processor.image_tokens(ready.grids[0]) == 16
     reasons = [json.loads(line)["reason"] for line in rejects.read_text().splitlines()]
     assert Counter(reasons) == {"bad_image": 2, "not_in_vocabulary": 1}
 

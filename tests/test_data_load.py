@@ -249,13 +249,15 @@ def test_verl_jsonl(tmp_path: Path) -> None:
     path = jsonl(
         tmp_path / "d.jsonl",
         {"images": ["i.png"], **truth},
+        {"videos": ["i.png"], **truth},
         {"videos": ["v.mp4"], **truth},
         {"images": ["i.png", "i.png"], **truth},
     )
     data = load_rows(path, ABSTAIN)
     assert data.rows[0].image == tmp_path / "i.png"
     assert data.rows[0].prompt == "Say."
-    assert data.reject_counts == {"video": 1, "several_images": 1}
+    assert [row.video for row in data] == [False, True]
+    assert data.reject_counts == {"missing_image": 1, "several_images": 1}
 
 
 def test_a_wrong_file_is_named_with_its_column(tmp_path: Path) -> None:

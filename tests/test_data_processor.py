@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,8 +40,25 @@ def test_prompt_has_one_placeholder_and_ends_where_the_answer_begins(processor: 
     assert any(list(ids[i : i + len(words)]) == words for i in range(len(ids)))
 
 
+def test_frames_stand_behind_their_times(processor: PolicyProcessor) -> None:
+    rendered = processor.render(PROMPT, (0.0, 9.96, 75.0))
+    marks = [rendered.index(mark) for mark in ("[00:00]", "[00:09]", "[01:15]", PROMPT)]
+    pictures = [m.start() for m in re.finditer(re.escape("<|image_pad|>"), rendered)]
+    assert (
+        sorted(marks + pictures)
+        == [x for pair in zip(marks, [*pictures, 10**9], strict=True) for x in pair][:-1]
+    )
+    ids = processor.prompt_ids(PROMPT, (0.0, 9.96, 75.0))
+    grids = [(1, 4, 4), (1, 8, 4), (1, 4, 8)]
+    expanded = processor.expanded(ids, grids)
+    assert expanded.count(processor.image_token_id) == 4 + 8 + 8
+    assert [i for i in expanded if i != processor.image_token_id] == [
+        i for i in ids if i != processor.image_token_id
+    ]
+
+
 def test_a_text_that_spells_the_placeholder_is_refused(processor: PolicyProcessor) -> None:
-    with pytest.raises(UnsupportedModel, match="one image"):
+    with pytest.raises(UnsupportedModel, match="each picture"):
         processor.prompt_ids("describe <|image_pad|> .")
 
 

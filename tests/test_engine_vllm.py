@@ -16,7 +16,7 @@ from caprl_async.data.processor import PolicyProcessor, read_image
 from caprl_async.engine import translate
 from caprl_async.engine.engine import Engine, VisionLimits
 from caprl_async.engine.types import EngineDied, Request, RequestFailed, Response
-from caprl_async.types import ImageRef, Version
+from caprl_async.types import Frame, ImageRef, Version
 
 # float32 on both sides: what is left is the order of summation in two attention kernels.
 TOLERANCE = 1e-4
@@ -35,26 +35,26 @@ class Rig:
             model,
             tiny_engine(),
             seed=0,
-            vision=VisionLimits(MIN_PIXELS, MAX_PIXELS),
+            vision=VisionLimits(MIN_PIXELS, MAX_PIXELS, pictures=3),
             banned_token_ids=self.processor.banned_token_ids,
         )
         self.oracle = Qwen2_5_VLForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
 
     def request(self, image: ImageRef, **changes: Any) -> Request:
-        return Request(self.processor.prompt_ids(PROMPT), image=image, **changes)
+        return Request(self.processor.prompt_ids(PROMPT, image.times), image=image, **changes)
 
     @torch.no_grad()
     def logprobs(
         self, image: ImageRef, prompt: tuple[int, ...], ids: tuple[int, ...], t: float
     ) -> torch.Tensor:
         """[len(ids), vocabulary] of transformers, under the ban and at temperature t."""
-        pixels = self.processor.pixels(image)
+        shown = [self.processor.pixels(picture) for picture in image.pictures]
         tokens = torch.tensor([[*prompt, *ids]])
         logits = self.oracle(
             input_ids=tokens,
             mm_token_type_ids=(tokens == self.processor.image_token_id).int(),
-            pixel_values=pixels.pixel_values,
-            image_grid_thw=torch.tensor([pixels.grid]),
+            pixel_values=torch.cat([pixels.pixel_values for pixels in shown]),
+            image_grid_thw=torch.tensor([pixels.grid for pixels in shown]),
         ).logits[0, len(prompt) - 1 : -1]
         logits[:, list(self.processor.banned_token_ids)] = -math.inf
         return (logits / t).log_softmax(-1)
@@ -84,7 +84,7 @@ def ask_one(rig: Rig, request: Request) -> Response:
 def test_engine_and_learner_see_the_same_pixels(rig: Rig, tmp_path: Path, size: tuple[int, int]) -> None:
     image = noise_image(tmp_path, *size)
     request = rig.request(image)
-    seen = asyncio.run(rig.engine.call(lambda llm: translate.prompt(llm, request, read_image(image))))
+    seen = asyncio.run(rig.engine.call(lambda llm: translate.prompt(llm, request, [read_image(image)])))
     (item,) = seen["mm_kwargs"]["image"]
     ours = rig.processor.pixels(image)
     assert tuple(item["image_grid_thw"].data.flatten().tolist()) == ours.grid == rig.processor.grid(*size)
@@ -96,6 +96,20 @@ def test_engine_and_learner_see_the_same_pixels(rig: Rig, tmp_path: Path, size: 
     assert torch.equal(item["pixel_values"].data, as_bytes)
     expanded = seen["prompt_token_ids"].count(rig.processor.image_token_id)
     assert expanded == rig.processor.image_tokens(ours.grid)
+
+
+def test_a_video_is_captioned_from_its_frames_in_their_order(rig: Rig, tmp_path: Path) -> None:
+    stills = [noise_image(tmp_path, *size) for size in ((112, 112), (56, 84), (112, 56))]
+    frames = tuple(Frame(sha256=s.sha256, path=s.path, time=61.5 * k) for k, s in enumerate(stills))
+    video = ImageRef(sha256="v", path=stills[0].path, frames=frames)
+    answer = ask_one(rig, rig.request(video, n=2, max_tokens=12, want_logprobs=True))
+    grids = [rig.processor.pixels(still).grid for still in stills]
+    expected = rig.processor.expanded(rig.processor.prompt_ids(PROMPT, video.times), grids)
+    assert answer.prompt_token_ids == expected
+    for completion in answer.completions:
+        right = rig.logprobs(video, answer.prompt_token_ids, completion.token_ids, 1.0)
+        own = right.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        assert torch.tensor(completion.logprobs) == pytest.approx(own, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])

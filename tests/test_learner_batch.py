@@ -94,7 +94,7 @@ def test_contradictions_are_refused_by_name() -> None:
         "log-probabilities": msgspec.structs.replace(
             good, group=msgspec.structs.replace(good.group, captions=(short, short))
         ),
-        "images in one prompt": msgspec.structs.replace(
+        "2 pictures were captioned, the row has 1": msgspec.structs.replace(
             good, group=msgspec.structs.replace(good.group, image_grid=((1, 4, 4), (1, 4, 4)))
         ),
     }

@@ -30,7 +30,7 @@ def ready(processor: PolicyProcessor, folder: Path) -> list[Ready]:
         ids = [found for text in texts if (found := processor.answer_ids(text)) is not None]
         assert ids
         prompt = processor.prompt_ids("describe the image .")
-        rows.append(Ready(f"row-{i}", ref, processor.grid(112, 112), prompt, tuple(ids)))
+        rows.append(Ready(f"row-{i}", ref, (processor.grid(112, 112),), prompt, tuple(ids)))
     return rows
 
 
@@ -40,7 +40,7 @@ def plain_loss(model: Any, processor: PolicyProcessor, rows: list[Ready]) -> tor
     for row in rows:
         pixels = processor._images(images=[Image.open(row.image.path).convert("RGB")], return_tensors="pt")
         for text in row.texts:
-            prompt = processor.expanded(row.prompt, row.grid)
+            prompt = processor.expanded(row.prompt, row.grids)
             ids = torch.tensor([[*prompt, *text]])
             out = model(
                 input_ids=ids,

@@ -23,11 +23,12 @@ class FourTokens:
     image_token_id = IMAGE
     banned_token_ids = (0, 1, IMAGE)
 
-    def prompt_ids(self, text: str) -> tuple[int, ...]:
+    def prompt_ids(self, text: str, times: tuple[float, ...] = ()) -> tuple[int, ...]:
         return (1, 3, IMAGE, 4, *(10 + len(word) for word in text.split()), 1)
 
-    def image_tokens(self, grid: tuple[int, int, int]) -> int:
-        return grid[0] * grid[1] * grid[2] // 4
+    def expanded(self, prompt: tuple[int, ...], grids: tuple[tuple[int, int, int], ...]) -> tuple[int, ...]:
+        at = prompt.index(IMAGE)
+        return (*prompt[:at], *[IMAGE] * (math.prod(grids[0]) // 4), *prompt[at + 1 :])
 
 
 PROCESSOR = FourTokens()
@@ -62,7 +63,7 @@ def answer(*completions: Completion, visual: int = 4) -> Response:
 def group(response: Response):
     asked = sampling.request(PROMPT, PROCESSOR)
     return sampling.caption_group(
-        PROMPT, asked, response, GRID, PROCESSOR, actor="rollout-0", started=1.0, finished=2.0
+        PROMPT, asked, response, (GRID,), PROCESSOR, actor="rollout-0", started=1.0, finished=2.0
     )
 
 
@@ -132,5 +133,6 @@ def test_a_completion_that_cannot_be_trained_on_is_refused(broken: Completion, m
 
 def test_a_request_is_not_changed_by_its_check() -> None:
     asked = Request((1, IMAGE, 2))
-    sampling.check_prompt(asked, Response((1, IMAGE, IMAGE, 2), (), 0), IMAGE, 2)
+    expected = PROCESSOR.expanded(asked.prompt_token_ids, ((1, 2, 4),))
+    sampling.check_prompt(expected, Response((1, IMAGE, IMAGE, 2), (), 0), IMAGE)
     assert asked == Request((1, IMAGE, 2))

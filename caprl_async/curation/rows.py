@@ -14,6 +14,7 @@ from caprl_async.curation.near import Near, hash_of
 from caprl_async.curation.written import parse
 from caprl_async.data.images import BadImage, ImageStore
 from caprl_async.data.rows import Dataset, Reject
+from caprl_async.data.video import keep_row
 from caprl_async.types import ImageRef, Question
 
 CURATED = pa.schema(
@@ -85,7 +86,7 @@ def given(rows: Dataset, store: ImageStore) -> Iterator[Candidate | Reject]:
     yield from rows.rejects
     for row in rows:
         try:
-            image = store.put(row.image)
+            image = keep_row(store, row, None)
         except BadImage as bad:
             yield Reject(row.row_id, None, "bad_image", str(bad), "image")
             continue

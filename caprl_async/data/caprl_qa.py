@@ -1,4 +1,4 @@
-"""Reads the CapRL-QA form: parquet with `id`, `image`, `prompt`, `reward_model.ground_truth`."""
+"""Reads the CapRL-QA form: parquet with `id`, `image` or `video`, `prompt`, `reward_model.ground_truth`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from caprl_async.data.parquet import parquet_records
 from caprl_async.data.questions import collect, from_mapping, literal
 from caprl_async.data.rows import BadRow, Reject, Row, checked, id_of, place
 
-_NEEDED = ("id", "image", "reward_model")
+_NEEDED = ("id", "reward_model")
+_SHOWS = ("image", "images", "video", "videos")  # one of them
 _OPTIONAL = ("prompt", "reference_caption", "facts")
 _SHOWN = 300  # characters of a path
 
@@ -21,7 +22,7 @@ def read(path: Path, abstain: str) -> Iterator[Row | Reject]:
     Raises:
         DataError: no parquet file, a damaged one, or a column is missing.
     """
-    for number, record in parquet_records(path, _NEEDED, _OPTIONAL):
+    for number, record in parquet_records(path, _NEEDED, _OPTIONAL, _SHOWS):
         yield from read_record(record, place(path, number), path.parent, abstain)
 
 
@@ -35,8 +36,10 @@ def read_record(record: Mapping[str, Any], name: str, folder: Path, abstain: str
         found = id_of(_cell(record, column), "")
         if not found:
             raise BadRow("missing_id")
-        row_id, column = found, "image"
+        row_id = found
+        column = next((name for name in _SHOWS if record.get(name) is not None), "image")
         image = image_source(_cell(record, column), folder)
+        video = column in ("video", "videos")
         column = "reward_model"
         reward_model = _cell(record, column)
         truth = reward_model.get("ground_truth") if isinstance(reward_model, Mapping) else None
@@ -54,7 +57,7 @@ def read_record(record: Mapping[str, Any], name: str, folder: Path, abstain: str
     if not questions:
         yield Reject(row_id, None, "no_questions", "none of its questions can be asked", "reward_model")
         return
-    yield Row(row_id, image, prompt, questions, reference_caption, facts)
+    yield Row(row_id, image, prompt, questions, reference_caption, facts, video)
 
 
 def _cell(record: Mapping[str, Any], column: str) -> Any:
@@ -91,11 +94,11 @@ def image_source(value: Any, folder: Path) -> bytes | Path:
 
 
 def prompt_text(value: Any) -> str:
-    """What the first user turn says, without image marks."""
+    """What the first user turn says, without the marks of images and videos."""
     if isinstance(value, list):
         users = [turn for turn in value if isinstance(turn, Mapping) and turn.get("role") == "user"]
         value = users[0].get("content") if users else None
-    return value.replace("<image>", "").strip() if isinstance(value, str) else ""
+    return value.replace("<image>", "").replace("<video>", "").strip() if isinstance(value, str) else ""
 
 
 def _text_or_none(value: Any) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,27 +22,30 @@ _IMAGES = (
 )
 """Columns, or extensions in a tar file."""
 
+_VIDEOS = ("video", "mp4", "webm", "mkv", "mov", "avi")
 _TEXTS = ("caption", "captions", "text", "txt", "answer", "reference_caption")
 _IDS = ("id", "image_id", "__key__")
-_MARK = "<image>"
+_MARKS = re.compile("<image>|<video>")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One image, what is asked about it, and what may be answered."""
+    """One image or video, what is asked about it, and what may be answered."""
 
     row_id: str
     image: bytes | Path  # the encoded file, or where it lies
     prompt: str  # empty: the conf's
     texts: tuple[str, ...]  # at least one
+    video: bool = False  # `image` is a video
 
 
 def read_examples(path: Path) -> Iterator[Example | Reject]:
     """The rows of a .parquet, .jsonl or WebDataset .tar file, or of a folder of them, in order.
 
     A row has an image (`image`: a path from the file's folder, bytes, or {bytes, path}; in a tar file the
-    member beside `KEY.txt` or `KEY.json`); `caption`, `captions` (a list), `text` or `answer`, with `prompt`
-    or `question` where it has one; or ShareGPT's `conversations`, of which each pair of turns is an example.
+    member beside `KEY.txt` or `KEY.json`) or in the same way a `video`; `caption`, `captions` (a list),
+    `text` or `answer`, with `prompt` or `question` where it has one; or ShareGPT's `conversations`, of which
+    each pair of turns is an example.
 
     Raises:
         DataError: there is no such file, or it cannot be read.
@@ -61,24 +65,27 @@ def _examples(row: Mapping[str, Any] | Reject, file: Path, number: int) -> Itera
     where = place(file, number)
     try:
         row_id = id_of(next((row[name] for name in _IDS if row.get(name) is not None), None), where)
-        image = _image(row, file.parent)
+        image, video = _image(row, file.parent)
         turns = row.get("conversations")
         pairs = list(_pairs(turns)) if isinstance(turns, list) else [(_prompt(row), _texts(row))]
         for i, (prompt, texts) in enumerate(pairs):
             name = row_id if len(pairs) == 1 else f"{row_id}#{i}"
-            yield Example(name, image, checked(prompt.replace(_MARK, "").strip()), texts)
+            asked = checked(_MARKS.sub("", prompt).strip())
+            yield Example(name, image, asked, texts, video)
     except BadRow as bad:
         yield Reject(where, None, bad.reason, bad.detail)
 
 
-def _image(row: Mapping[str, Any], folder: Path) -> bytes | Path:
-    value = next((row[name] for name in _IMAGES if row.get(name) is not None), None)
+def _image(row: Mapping[str, Any], folder: Path) -> tuple[bytes | Path, bool]:
+    """What is shown, and whether it is a video."""
+    column = next((name for name in (*_IMAGES, *_VIDEOS) if row.get(name) is not None), "image")
+    value = row.get(column)
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes) and value:
-        return value
+        return value, column in _VIDEOS
     if isinstance(value, str) and value:
-        return folder / value
+        return folder / value, column in _VIDEOS
     raise BadRow("no_image", f"it has {', '.join(row)}")
 
 
@@ -164,7 +171,7 @@ def _tar(file: Path) -> Iterator[Mapping[str, Any] | Reject]:
                     yield found
                     sample = {}
                     continue
-                sample = {**{k: v for k, v in found.items() if k not in _IMAGES}, **sample}
+                sample = {**{k: v for k, v in found.items() if k not in (*_IMAGES, *_VIDEOS)}, **sample}
             elif extension == "txt":
                 sample["txt"] = data.decode("utf-8", errors="replace")
             else:

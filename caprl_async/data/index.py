@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from msgspec import to_builtins
 
 from caprl_async.data.examples import Example, read_examples
 from caprl_async.data.images import BadImage, ImageStore
@@ -26,15 +27,17 @@ from caprl_async.data.processor import (
     read_size,
 )
 from caprl_async.data.rows import DataError, Reject, append_rejects
-from caprl_async.types import ImageRef
+from caprl_async.data.video import FrameLimits, keep_video
+from caprl_async.types import Frame, ImageRef
 
 _SCHEMA = pa.schema(
     [
         ("row_id", pa.string()),
         ("sha256", pa.string()),
         ("path", pa.string()),
-        ("grid", pa.list_(pa.int32(), 3)),
-        ("prompt", pa.list_(pa.int32())),  # one placeholder for the image
+        ("frames", pa.list_(pa.struct({"sha256": pa.string(), "path": pa.string(), "time": pa.float64()}))),
+        ("grids", pa.list_(pa.list_(pa.int32(), 3))),
+        ("prompt", pa.list_(pa.int32())),  # one placeholder for each picture
         ("texts", pa.list_(pa.list_(pa.int32()))),  # each with its end token
     ]
 )
@@ -48,7 +51,7 @@ class Ready:
 
     row_id: str
     image: ImageRef
-    grid: Grid
+    grids: tuple[Grid, ...]  # of each picture
     prompt: tuple[int, ...]
     texts: tuple[tuple[int, ...], ...]
 
@@ -60,6 +63,7 @@ class IndexSpec:
     data: str
     prompt: str  # of examples without one of their own
     max_tokens: int  # longer texts are left out
+    videos: FrameLimits | None = None  # None: none are taken
 
 
 class Index:
@@ -74,11 +78,11 @@ class Index:
 
     def __getitem__(self, number: int) -> Ready:
         row: dict[str, Any] = self._table.slice(number, 1).to_pylist()[0]
-        t, h, w = row["grid"]
+        frames = tuple(Frame(**frame) for frame in row["frames"])
         return Ready(
             row["row_id"],
-            ImageRef(sha256=row["sha256"], path=row["path"]),
-            (t, h, w),
+            ImageRef(sha256=row["sha256"], path=row["path"], frames=frames),
+            tuple((t, h, w) for t, h, w in row["grids"]),
             tuple(row["prompt"]),
             tuple(map(tuple, row["texts"])),
         )
@@ -157,7 +161,7 @@ def _row(
     spec: IndexSpec,
     processor: PolicyProcessor,
     store: ImageStore,
-    prompt_ids: Callable[[str], tuple[int, ...]],
+    prompt_ids: Callable[[str, tuple[float, ...]], tuple[int, ...]],
 ) -> dict[str, Any] | Reject:
     texts = [ids for text in example.texts if (ids := processor.answer_ids(text)) is not None]
     short = [ids for ids in texts if len(ids) <= spec.max_tokens]
@@ -165,32 +169,38 @@ def _row(
         reason = "too_long" if texts else "not_in_vocabulary"
         return Reject(example.row_id, None, reason, example.texts[0][:200])
     try:
-        image = _kept(example.image, store)
-        grid = processor.grid(*read_size(image))
+        image = _kept(example, store, spec.videos)
+        grids = [processor.grid(*read_size(picture)) for picture in image.pictures]
     except (BadImage, UnreadableImage) as error:
         return Reject(example.row_id, None, "bad_image", str(error), column="image")
     prompt = example.prompt or spec.prompt
     if not prompt:
         return Reject(example.row_id, None, "no_prompt", "and data.prompt is empty")
     try:
-        asked = prompt_ids(prompt)
+        asked = prompt_ids(prompt, image.times)
     except UnsupportedModel as error:  # it holds an image's placeholder, say
         return Reject(example.row_id, None, "bad_prompt", str(error)[:300], column="prompt")
     return {
         "row_id": example.row_id,
         "sha256": image.sha256,
         "path": image.path,
-        "grid": list(grid),
+        "frames": [to_builtins(frame) for frame in image.frames],
+        "grids": [list(grid) for grid in grids],
         "prompt": list(asked),
         "texts": [list(ids) for ids in short],
     }
 
 
-def _kept(image: bytes | Path, store: ImageStore) -> ImageRef:
+def _kept(example: Example, store: ImageStore, videos: FrameLimits | None) -> ImageRef:
     """
     Raises:
-        BadImage: see `ImageStore.put`.
+        BadImage: see `ImageStore.put` and `keep_video`; or it is a video, and none are taken.
     """
+    image = example.image
+    if example.video:
+        if videos is None:
+            raise BadImage("a video; data.frames=0 takes none")
+        return keep_video(store, image, videos)
     return store.put(image) if isinstance(image, bytes) else store.refer(image)
 
 
@@ -198,7 +208,8 @@ def _about(spec: IndexSpec, processor: PolicyProcessor) -> bytes:
     source = Path(spec.data)
     files = [source] if source.is_file() else sorted(source.glob("*"))
     state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    made_from = [spec.data, spec.prompt, spec.max_tokens, processor.fingerprint, state]
+    videos = spec.videos and asdict(spec.videos)
+    made_from = [spec.data, spec.prompt, spec.max_tokens, videos, processor.fingerprint, state]
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest().encode()
 
 

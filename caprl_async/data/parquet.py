@@ -16,22 +16,31 @@ _NO_VALUE = (pa.ArrowException, ValueError, OverflowError)  # broken UTF-8, a da
 
 
 def parquet_records(
-    path: Path, needed: Sequence[str] = (), optional: Sequence[str] | None = None
+    path: Path,
+    needed: Sequence[str] = (),
+    optional: Sequence[str] | None = None,
+    either: Sequence[str] = (),
 ) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """(number from 1, values by column) of every row; a value that is none for Python is the error itself.
 
-    Only the columns `needed` and `optional` are read; with `optional` None, all.
+    Only the columns `needed`, `either` and `optional` are read; with `optional` None, all.
 
     Raises:
-        DataError: no parquet file, a damaged one, or a needed column is missing.
+        DataError: no parquet file, a damaged one, a needed column is missing, or all of `either` are.
     """
     try:
         with pq.ParquetFile(path) as file:
             columns = file.schema_arrow.names
-            for name in needed:
-                if name not in columns:
-                    raise DataError(f"{path}: column {name!r} is missing; the file has {', '.join(columns)}")
-            wanted = columns if optional is None else [c for c in (*needed, *optional) if c in columns]
+            missing = [name for name in needed if name not in columns]
+            if either and not set(either) & set(columns):
+                missing.append(either[0])
+            if missing:
+                raise DataError(
+                    f"{path}: column {missing[0]!r} is missing; the file has {', '.join(columns)}"
+                )
+            wanted = (
+                columns if optional is None else [c for c in (*needed, *either, *optional) if c in columns]
+            )
             number = 0
             for batch in file.iter_batches(batch_size=_BATCH, columns=wanted):
                 for record in _records(batch):

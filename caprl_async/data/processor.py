@@ -7,6 +7,7 @@ the same grids and pixel values. Importing this module loads neither transformer
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,11 @@ def read_size(image: ImageRef) -> tuple[int, int]:
         raise UnreadableImage(f"cannot read image {image.path}: {error}") from error
 
 
+def timestamp(seconds: float) -> str:
+    """A time within a video, as captions are to write it: [mm:ss]."""
+    return f"[{int(seconds) // 60:02d}:{int(seconds) % 60:02d}]"
+
+
 def pixel_size(min_pixels: int, max_pixels: int) -> dict[str, int]:
     """The caps as the image processor's `size` (Qwen calls areas edges); vLLM is given the same."""
     return {"shortest_edge": min_pixels, "longest_edge": max_pixels}
@@ -125,17 +131,19 @@ class PolicyProcessor:
         banned = (special | nameless | {self.image_token_id}) - {self.eos_token_id}
         return tuple(sorted(i for i in banned if i < self.vocab_size))
 
-    def prompt_ids(self, text: str) -> tuple[int, ...]:
-        """Token ids of one user turn (image, then `text`) up to the answer; one placeholder, not expanded.
+    def prompt_ids(self, text: str, times: tuple[float, ...] = ()) -> tuple[int, ...]:
+        """Token ids of one user turn (image, then `text`) up to the answer; placeholders are not expanded.
+
+        With `times` a picture for each, behind its time: the frames of a video.
 
         Raises:
-            UnsupportedModel: that does not give exactly one image placeholder.
+            UnsupportedModel: that does not give exactly one placeholder for each picture.
         """
-        rendered = self.render(text)
+        rendered = self.render(text, times)
         ids = tuple(self.tokenizer.encode(rendered, add_special_tokens=False))
-        if ids.count(self.image_token_id) != 1 or text not in rendered:
+        if ids.count(self.image_token_id) != max(1, len(times)) or text not in rendered:
             raise UnsupportedModel(
-                f"{self.model}: its chat template must show the one image and the text of a user turn, "
+                f"{self.model}: its chat template must show each picture and the text of a user turn once, "
                 f"but gave {rendered!r}"
             )
         return ids
@@ -153,9 +161,11 @@ class PolicyProcessor:
         """Of what turns texts and images into what the model takes."""
         return f"{self.model} {self._size} {self.vocab_size}"
 
-    def render(self, text: str) -> str:
-        """One user turn (image, then `text`) up to the answer, as the chat template writes it."""
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+    def render(self, text: str, times: tuple[float, ...] = ()) -> str:
+        """One user turn up to the answer, as the chat template writes it; see `prompt_ids`."""
+        image = {"type": "image"}
+        frames = [part for time in times for part in ({"type": "text", "text": timestamp(time)}, image)]
+        turn = {"role": "user", "content": [*(frames or [image]), {"type": "text", "text": text}]}
         rendered: str = self._processor.apply_chat_template(
             [turn], add_generation_prompt=True, tokenize=False
         )
@@ -182,10 +192,14 @@ class PolicyProcessor:
         """
         return self._process(read_image(image), image.path)
 
-    def expanded(self, prompt: tuple[int, ...], grid: Grid) -> tuple[int, ...]:
-        """A prompt with one placeholder, as the model takes it: with one for each token of its image."""
-        at = prompt.index(self.image_token_id)
-        return (*prompt[:at], *[self.image_token_id] * self.image_tokens(grid), *prompt[at + 1 :])
+    def expanded(self, prompt: tuple[int, ...], grids: Sequence[Grid]) -> tuple[int, ...]:
+        """A prompt with a placeholder for each picture, as the model takes it: one for each visual token."""
+        found: list[int] = []
+        of_next = iter(grids)
+        for token in prompt:
+            times = self.image_tokens(next(of_next)) if token == self.image_token_id else 1
+            found += [token] * times
+        return tuple(found)
 
     def image_tokens(self, grid: Grid) -> int:
         """Placeholders that one image of `grid` takes in the expanded prompt."""

@@ -27,7 +27,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One image with the questions about it."""
+    """One image, or video, with the questions about it."""
 
     row_id: str
     image: bytes | Path  # the encoded file, or where it lies
@@ -35,6 +35,7 @@ class Row:
     questions: tuple[Question, ...]  # at least one
     reference_caption: str | None = None
     facts: str | None = None  # ground truth for `evaluate.program`, as text
+    video: bool = False  # `image` is a video
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Reads verl-style jsonl: CapRL-QA records with an `images` list of paths."""
+"""Reads verl-style jsonl: CapRL-QA records with a list of paths in `images` or `videos`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,4 @@ def read(path: Path, abstain: str) -> Iterator[Row | Reject]:
         except BadRow as bad:
             yield Reject(place(path, number), None, bad.reason, bad.detail, "id")
             continue
-        image = record.get("image") or record.get("images")
-        if image is None and record.get("videos"):
-            yield Reject(row_id, None, "video", "only images can be captioned", "videos")
-            continue
-        yield from caprl_qa.read_record(
-            {**record, "id": row_id, "image": image}, row_id, path.parent, abstain
-        )
+        yield from caprl_qa.read_record({**record, "id": row_id}, row_id, path.parent, abstain)

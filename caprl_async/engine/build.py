@@ -24,6 +24,7 @@ class VisionLimits:
 
     min_pixels: int
     max_pixels: int
+    pictures: int = 1  # most that one prompt shows
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def _images(vision: VisionLimits | None) -> dict[str, Any]:
     from caprl_async.data.processor import pixel_size
 
     return {
-        "limit_mm_per_prompt": {"image": 1, "video": 0},
+        "limit_mm_per_prompt": {"image": vision.pictures, "video": 0},
         "mm_processor_kwargs": {"size": pixel_size(vision.min_pixels, vision.max_pixels)},
         "mm_processor_cache_gb": 0,  # an image comes once per pass over the data: a cache would only grow
     }

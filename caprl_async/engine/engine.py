@@ -299,7 +299,7 @@ class Engine:
 
 
 async def _decoded(request: Request) -> Any:
-    """The request's image, read and decoded off the event loop; None without one.
+    """The request's pictures, read and decoded off the event loop; None without one.
 
     Raises:
         RequestFailed: it cannot be read.
@@ -309,7 +309,8 @@ async def _decoded(request: Request) -> Any:
     from caprl_async.data.processor import UnreadableImage, read_image
 
     try:
-        return await asyncio.to_thread(read_image, request.image)
+        pictures = request.image.pictures
+        return await asyncio.to_thread(lambda: [read_image(picture) for picture in pictures])
     except UnreadableImage as error:
         raise RequestFailed(str(error)) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from caprl_async.engine.types import Completion, Request, RequestFailed, Response
@@ -16,20 +17,21 @@ _FINISH = {"stop": Finish.STOP, "length": Finish.LENGTH}
 _AGAIN = ("abort", "error")  # ends that are not the request's fault
 
 
-def prompt(llm: LLMEngine, request: Request, image: Any) -> Any:
-    """vLLM's rendered input; `image` is the decoded picture of `request.image`, or None.
+def prompt(llm: LLMEngine, request: Request, pictures: Sequence[Any] | None) -> Any:
+    """vLLM's rendered input; `pictures` are the decoded ones of `request.image`, or None.
 
-    The placeholder is expanded by vLLM. The image's hash is its identity in every cache.
+    Placeholders are expanded by vLLM. A picture's hash is its identity in every cache.
     """
     ids = list(request.prompt_token_ids)
-    if request.image is None:
+    image = request.image
+    if image is None:
         from vllm.inputs import tokens_input
 
         return tokens_input(ids)
     raw = {
         "prompt_token_ids": ids,
-        "multi_modal_data": {"image": [image]},
-        "multi_modal_uuids": {"image": [request.image.sha256]},
+        "multi_modal_data": {"image": pictures},
+        "multi_modal_uuids": {"image": [picture.sha256 for picture in image.pictures]},
     }
     return llm.renderer.render_cmpl([raw], llm.renderer.default_cmpl_tok_params)[0]
 

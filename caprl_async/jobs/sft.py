@@ -16,6 +16,7 @@ from caprl_async.config import Config
 from caprl_async.data.images import image_folder
 from caprl_async.data.index import IndexSpec, make_index
 from caprl_async.data.rows import REJECTS
+from caprl_async.data.video import FrameLimits
 from caprl_async.jobs.keeping import Keeper
 from caprl_async.learner.supervised_actor import TRAIN, VALIDATION
 from caprl_async.observe.diary import note
@@ -98,7 +99,7 @@ def make_indices(config: Config, run_dir: Path, console: Console) -> None:
     for name, data in ((TRAIN, sft.data), (VALIDATION, sft.validation)):
         if not data:
             continue
-        spec = IndexSpec(data, config.data.prompt, sft.max_tokens)
+        spec = IndexSpec(data, config.data.prompt, sft.max_tokens, FrameLimits.of(config))
         images, rejects = image_folder(config, run_dir), run_dir / REJECTS
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task(f"reading {Path(data).name}", total=None)

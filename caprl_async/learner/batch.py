@@ -89,7 +89,7 @@ def make_sequences(batch: TrainBatch, banned: Collection[int] = ()) -> list[Trai
                 TrainSequence(
                     name=caption_name(group, i),
                     group=number,
-                    images=(scored.image,),
+                    images=scored.image.pictures,
                     grids=group.image_grid,
                     prompt=group.prompt_token_ids,
                     caption=caption.token_ids,
@@ -136,8 +136,11 @@ def check_group(scored: ScoredGroup) -> list[float]:
         raise BadBatch(f"{name}: {len(group.captions)} captions but {len(scored.rewards)} rewards")
     if group.image_sha256 != scored.image.sha256:
         raise BadBatch(f"{name}: captioned image {group.image_sha256}, but row shows {scored.image.sha256}")
-    if len(group.image_grid) != 1:
-        raise BadBatch(f"{name}: {len(group.image_grid)} images in one prompt; the learner takes one")
+    if len(group.image_grid) != len(scored.image.pictures):
+        raise BadBatch(
+            f"{name}: {len(group.image_grid)} pictures were captioned, the row has "
+            f"{len(scored.image.pictures)}"
+        )
     for i, caption in enumerate(group.captions):
         length = len(caption.token_ids)
         covered = [t for span in caption.spans for t in range(span.start, span.end)]

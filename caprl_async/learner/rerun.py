@@ -29,7 +29,7 @@ from caprl_async.learner.engine import join_group, prepare
 from caprl_async.learner.snapshot import checkpoint_tensors
 from caprl_async.learner.trainer import Trainer
 from caprl_async.replay.samples import recorded_batch
-from caprl_async.types import TrainBatch
+from caprl_async.types import ImageRef, TrainBatch
 
 _HOST = "127.0.0.1"
 _LOOK_S = 1.0  # between looks at ranks that say nothing
@@ -217,12 +217,16 @@ def _run(
 
 def at_home(batch: TrainBatch, images: Path) -> TrainBatch:
     """The batch with its images where they lie now, if the run's folder has been moved."""
-    groups = []
-    for scored in batch.groups:
-        path = stored_path(images, scored.image.sha256)
-        image = replace(scored.image, path=str(path)) if path.is_file() else scored.image
-        groups.append(replace(scored, image=image))
+    groups = [replace(scored, image=_at_home(scored.image, images)) for scored in batch.groups]
     return replace(batch, groups=tuple(groups))
+
+
+def _at_home(image: ImageRef, images: Path) -> ImageRef:
+    first = image.frames[0].sha256 if image.frames else image.sha256
+    if not stored_path(images, first).is_file():
+        return image
+    frames = tuple(replace(one, path=str(stored_path(images, one.sha256))) for one in image.frames)
+    return replace(image, path=str(stored_path(images, first)), frames=frames)
 
 
 def compared(step: int, tensors: Mapping[str, Tensor], folder: Path) -> Compared:

@@ -24,14 +24,14 @@ def sequences_of(rows: Sequence[Ready], processor: PolicyProcessor) -> list[Trai
     """A sequence for each text; texts of one image share its prompt."""
     found = []
     for number, row in enumerate(rows):
-        prompt = processor.expanded(row.prompt, row.grid)
+        prompt = processor.expanded(row.prompt, row.grids)
         for i, text in enumerate(row.texts):
             found.append(
                 TrainSequence(
                     name=f"{row.row_id}[{i}]",
                     group=number,
-                    images=(row.image,),
-                    grids=(row.grid,),
+                    images=row.image.pictures,
+                    grids=row.grids,
                     prompt=prompt,
                     caption=text,
                     behaviour=(0.0,) * len(text),

@@ -12,6 +12,7 @@ from caprl_async.benchmarks.items import Item, Rule
 from caprl_async.data.images import BadImage, ImageStore
 from caprl_async.data.load import load_rows
 from caprl_async.data.rows import DataError, Reject
+from caprl_async.data.video import keep_row
 from caprl_async.prism.captions import Captions
 from caprl_async.prism.passes import Passes
 from caprl_async.prism.told import Told
@@ -59,7 +60,7 @@ def load_asked(path: Path, store: ImageStore, abstain: str, limit: int) -> tuple
         if not questions:
             break
         try:
-            found.append(Asked(row.row_id, store.put(row.image), questions, row.reference_caption))
+            found.append(Asked(row.row_id, keep_row(store, row, None), questions, row.reference_caption))
         except BadImage as bad:
             rejects.append(Reject(row.row_id, None, "bad_image", str(bad), "image"))
     if not found:

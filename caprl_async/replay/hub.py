@@ -20,6 +20,7 @@ from caprl_async.data.images import BadImage, ImageStore, image_folder
 from caprl_async.data.load import load_rows
 from caprl_async.data.rows import REJECTS, Dataset, Reject, Row, append_rejects
 from caprl_async.data.sampler import PromptSampler
+from caprl_async.data.video import FrameLimits, check_videos, keep_row
 from caprl_async.judge.panel import panel
 from caprl_async.process import call_me, whereabouts
 from caprl_async.replay.dispatch import Dispatch
@@ -62,6 +63,7 @@ class ReplayQueue:
         self._abstain = config.judge.prompt.abstain
         # A ring that learns from other data only evaluates.
         self._train = load_rows(config.data.train, self._abstain) if config.data.train else Dataset(Path())
+        check_videos(self._train, config)
         self._rejects = self._run_dir / REJECTS
         self._train.write_rejects(self._rejects)
         self._sampler = PromptSampler(self._train, config.seed, config.data.shuffle)
@@ -245,7 +247,7 @@ class ReplayQueue:
 
     def _put(self, data: Dataset, index: int, row: Row) -> Prepared:
         try:
-            return Prepared(index, row, self._images.put(row.image))
+            return Prepared(index, row, keep_row(self._images, row, FrameLimits.of(self._config)))
         except BadImage as error:
             append_rejects(self._rejects, data.path, [Reject(row.row_id, None, "bad_image", str(error))])
             return Prepared(index, row, None, str(error))

@@ -189,11 +189,12 @@ class RolloutActor:
     async def _caption(self, prompt: Prompt) -> CaptionGroup:
         assert self._processor is not None
         processor, started = self._processor, time.time()
-        grid = processor.grid(*await asyncio.to_thread(read_size, prompt.image))
+        sizes = await asyncio.to_thread(lambda: [read_size(picture) for picture in prompt.image.pictures])
+        grids = tuple(processor.grid(*size) for size in sizes)
         asked = sampling.request(prompt, processor)
         answer = await self.engine.generate(asked)
         return sampling.caption_group(
-            prompt, asked, answer, grid, processor, actor=self.name, started=started, finished=time.time()
+            prompt, asked, answer, grids, processor, actor=self.name, started=started, finished=time.time()
         )
 
     def _build(self) -> tuple[PolicyProcessor, Engine]:
@@ -203,7 +204,7 @@ class RolloutActor:
             policy.model,
             config.rollout.engine,
             seed=(config.seed + zlib.crc32(self.name.encode())) % 2**32,  # no two draw the same captions
-            vision=VisionLimits(policy.min_pixels, policy.max_pixels),
+            vision=VisionLimits(policy.min_pixels, policy.max_pixels, max(1, config.data.frames)),
             weight_backend=config.weights.backend.value,
             banned_token_ids=processor.banned_token_ids,
         )

@@ -24,7 +24,7 @@ def request(prompt: Prompt, processor: PolicyProcessor) -> Request:
     """What the engine is asked for one prompt."""
     sampling = prompt.sampling
     return Request(
-        prompt_token_ids=processor.prompt_ids(prompt.text),
+        prompt_token_ids=processor.prompt_ids(prompt.text, prompt.image.times),
         image=prompt.image,
         n=sampling.n,
         temperature=sampling.temperature,
@@ -40,19 +40,19 @@ def caption_group(
     prompt: Prompt,
     asked: Request,
     answer: Response,
-    grid: Grid,
+    grids: tuple[Grid, ...],
     processor: PolicyProcessor,
     *,
     actor: str,
     started: float,
     finished: float,
 ) -> CaptionGroup:
-    """The group of captions that `answer` holds. `grid`: patches the processor makes of the prompt's image.
+    """The group of captions that `answer` holds. `grids`: patches the processor makes of each picture.
 
     Raises:
         BadSample: see the module.
     """
-    check_prompt(asked, answer, processor.image_token_id, processor.image_tokens(grid))
+    check_prompt(processor.expanded(asked.prompt_token_ids, grids), answer, processor.image_token_id)
     if len(answer.completions) != prompt.sampling.n:
         raise BadSample(f"{len(answer.completions)} completions, asked for {prompt.sampling.n}")
     for completion in answer.completions:
@@ -62,7 +62,7 @@ def caption_group(
         attempt=prompt.attempt,
         prompt_token_ids=answer.prompt_token_ids,
         image_sha256=prompt.image.sha256,
-        image_grid=(grid,),
+        image_grid=grids,
         captions=tuple(_caption(completion) for completion in answer.completions),
         actor=actor,
         started=started,
@@ -70,20 +70,18 @@ def caption_group(
     )
 
 
-def check_prompt(asked: Request, answer: Response, image_token: int, image_tokens: int) -> None:
-    """The engine's prompt is the asked one with its placeholder expanded once, to `image_tokens` tokens.
+def check_prompt(expected: tuple[int, ...], answer: Response, image_token: int) -> None:
+    """The engine's prompt is the expected one, with its placeholders expanded.
 
     Raises:
-        BadSample: it is another prompt, or the engine resized the image differently.
+        BadSample: it is another prompt, or the engine resized a picture differently.
     """
-    at = asked.prompt_token_ids.index(image_token)
-    before, after = asked.prompt_token_ids[:at], asked.prompt_token_ids[at + 1 :]
-    expected = (*before, *[image_token] * image_tokens, *after)
     if answer.prompt_token_ids != expected:
         seen = answer.prompt_token_ids.count(image_token)
         raise BadSample(
             f"the engine saw {len(answer.prompt_token_ids)} prompt tokens, {seen} of them visual; the "
-            f"processor makes {len(expected)} and {image_tokens}: both must use the conf's pixel caps"
+            f"processor makes {len(expected)} and {expected.count(image_token)}: both must use the conf's "
+            "pixel caps"
         )
 
 

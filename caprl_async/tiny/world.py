@@ -140,7 +140,7 @@ def question_row(ask: Ask, choices: Sequence[str], phrasing: str) -> dict[str, A
     }
 
 
-def _choices(ask: Ask, rng: random.Random) -> list[str]:
+def listed_choices(ask: Ask, rng: random.Random) -> list[str]:
     """Listed choices: the abstain word stands among them only where it is the right answer."""
     chosen = options(ask, rng)
     if ask.answer == UNKNOWN:
@@ -160,7 +160,7 @@ def rows(count: int, seed: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]
     rng = random.Random(seed)
     for index in range(count):
         world = sample_world(rng, DOMAINS[index % len(DOMAINS)])
-        asked = [(ask, _choices(ask, rng)) for ask in pick_asks(world, rng)]
+        asked = [(ask, listed_choices(ask, rng)) for ask in pick_asks(world, rng)]
         name = f"{seed}-{index:05d}"
         base = {
             "id": name,
