@@ -114,3 +114,14 @@ def test_a_finished_arm_is_not_run_again(tool: Any, tmp_path: Path, monkeypatch:
     (arm,) = [arm for arm in tool.ARMS if arm.name == "caprl"]
     assert tool.run_arm(arm, 0, tmp_path, tmp_path, []) == {"start": 0.4, "caprl": 0.8}
     assert (TOOLS / "small_data.py").is_file()
+
+
+def test_results_of_elsewhere_are_taken(tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "results.json").write_text('{"start": {"0": 0.4, "1": 0.5}, "caprl": {"0": 0.8, "1": 0.9}}')
+    monkeypatch.setattr(tool, "make_data", lambda folder: None)
+    monkeypatch.setattr(tool, "_program", lambda *arguments: pytest.fail("it ran"))
+    assert tool.main(["--seeds", "0", "1", "--only", "caprl", "--out", str(out)]) == 0
+    assert "| 85.0 % | 80.0 %, 90.0 % |" in (out / "table.md").read_text()
+    assert tool.whole_seeds({"a": {"0": 1.0, "1": 2.0}, "b": {"0": 1.0}}, [0, 1]) == {"a": [1.0, 2.0]}

@@ -1,8 +1,8 @@
 """The paper's comparisons in miniature, on the tiny world: `python tools/reproduce_small.py --seeds 0 1 2`.
 
-Each arm is a run of the program; what has a result is not run again, what was broken off goes on. Then a
-table: the mean of each arm over the seeds, and each comparison of the paper with its figures there and, here,
-the difference over paired seeds with its 95 % interval (Student's t).
+Each arm is a run of the program; what has a result (in --out, or in its run's folder) is not run again, what
+was broken off goes on. Then a table: the mean of each arm over the seeds, and each comparison of the paper
+with its figures there and, here, the difference over paired seeds with its 95 % interval (Student's t).
 Half an hour to an hour a seed on two cores.
 """
 
@@ -139,18 +139,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     arms = [arm for arm in ARMS if not args.only or arm.name in args.only]
     data = args.folder / "data"
     make_data(data)
-    values: dict[str, list[float]] = {}
+    args.out.mkdir(parents=True, exist_ok=True)
+    results = args.out / "results.json"
+    values: dict[str, dict[str, float]] = json.loads(results.read_text()) if results.is_file() else {}
     for seed in args.seeds:
         for arm in arms:
-            found = run_arm(arm, seed, args.folder, data, args.overrides)
-            for name, value in found.items():
-                values.setdefault(name, []).append(value)
-    whole = {name: found for name, found in values.items() if len(found) == len(args.seeds)}
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "results.json").write_text(json.dumps({"seeds": args.seeds, **whole}, indent=1) + "\n")
-    (args.out / "table.md").write_text(table(arms, whole))
-    print(table(arms, whole))
+            if str(seed) in values.get(arm.name, {}):
+                continue
+            for name, value in run_arm(arm, seed, args.folder, data, args.overrides).items():
+                values.setdefault(name, {})[str(seed)] = value
+            results.write_text(json.dumps(values, indent=1) + "\n")
+    written = table(arms, whole_seeds(values, args.seeds))
+    (args.out / "table.md").write_text(written)
+    print(written)
     return 0
+
+
+def whole_seeds(values: Mapping[str, Mapping[str, float]], seeds: Sequence[int]) -> Results:
+    """The values of the arms that have one for every seed, in the seeds' order."""
+    return {
+        name: [found[str(seed)] for seed in seeds]
+        for name, found in values.items()
+        if all(str(seed) in found for seed in seeds)
+    }
 
 
 def make_data(folder: Path) -> None:
