@@ -121,9 +121,33 @@ def test_capRL_plus_plus_is_the_published_one(given: dict[str, str]) -> None:
     assert (learner.lr, learner.warmup_steps) == (1e-5, 20)
 
 
+def test_capRL_plus_plus_goes_on_with_videos(given: dict[str, str]) -> None:
+    config = load("qwen3_vl_4b_video", given, "qwen3_vl", "qwen3", f"data.train={given['data']}")
+    reward = config.reward
+    assert (reward.accuracy, reward.format, reward.length) == (1.0, 0.2, 0.2)
+    captioner, reader = read_shape(Path(given["qwen3_vl"])), read_shape(Path(given["qwen3"]))
+    frame = captioner.image_tokens(config.policy.max_pixels)
+    assert config.data.frames * frame + config.rollout.max_tokens < config.rollout.engine.max_model_len
+    memory = memory_of(config, captioner, reader, work_of(config, captioner))
+    assert max(memory.values()) < GPUS["h100"].memory_gib
+
+
+def test_prism_is_the_published_one() -> None:
+    config = conf.load(
+        [
+            *("conf=conf/prism_vl.yaml", "prism.benchmark=chartqa", f"prism.data={Path(__file__)}"),
+            *("captioner.endpoint.url=http://127.0.0.1:1/v1", "answerer.endpoint.url=http://127.0.0.1:1/v1"),
+        ]
+    )
+    captioner = config.captioner
+    assert (config.prism.captions, captioner.temperature, captioner.max_tokens) == (4, 1.0, 2048)
+
+
 def test_supervised_training_and_pretraining_resolve(given: dict[str, str]) -> None:
     sft = load("sft", given, "qwen25_vl", "", f"sft.data={given['data']}")
     assert (sft.job, sft.sft.batch, sft.learner.lr) == ("sft", 128, 2e-5)
+    larger = load("qwen3_vl_4b_sft", given, "qwen3_vl", "", f"sft.data={given['data']}")
+    assert (larger.job, larger.learner.num_ranks, larger.learner.lr) == ("sft", 2, 2e-5)
     stages = [f"pretrain.{name}.data={given['data']}" for name in ("align", "further", "tune")]
     pretrain = load("pretrain", given, "qwen25_vl", "", *stages).pretrain
     rates = [(s.lr, s.batch, s.train_only) for s in (pretrain.align, pretrain.further, pretrain.tune)]

@@ -63,14 +63,17 @@ def run(config: Config) -> None:
         raise ConfError(f"a {config.plan.gpu} has {gpu.memory_gib:.0f} GiB: {told}. {_advice(not_fitting)}")
 
 
+_TIME_TOKENS = 10  # [mm:ss] and what stands around a picture
+
+
 def work_of(config: Config, policy: Shape) -> Work:
-    """A batch of the conf, with images as large as they may be."""
-    plan = config.plan
-    image = policy.image_tokens(config.policy.max_pixels)
+    """A batch of the conf, with images as large, and videos as long, as they may be."""
+    plan, frames = config.plan, config.data.frames
+    image = policy.image_tokens(config.policy.max_pixels) * max(1, frames)
     return Work(
         groups=config.replay.batch_groups,
         group_size=config.rollout.group_size,
-        prompt_tokens=image + plan.prompt_tokens,
+        prompt_tokens=image + plan.prompt_tokens + _TIME_TOKENS * frames,
         image_tokens=image,
         caption_tokens=min(plan.caption_tokens, config.rollout.max_tokens),
         questions=plan.questions,
