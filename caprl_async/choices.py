@@ -16,6 +16,7 @@ class JudgeMode(enum.Enum):
     sample = "sample"
     likelihood = "likelihood"
     text = "text"
+    rate = "rate"
 
 
 class Blind(enum.Enum):

@@ -152,6 +152,7 @@ def _combinations(config: Config) -> Iterator[str]:
     yield from conf_loss.problems(config)
     yield from conf_learner.problems(config)
     yield from _judging(config)
+    yield from _rating(config)
     yield from _endpoint(config)
     yield from _heldout(config)
 
@@ -187,6 +188,7 @@ def _supervised(config: Config) -> Iterator[str]:
     if config.data.heldout:
         yield from _engines(config)
         yield from _judging(config)
+        yield from _rating(config)
         yield from _endpoint(config)
     yield from _heldout(config)
 
@@ -344,6 +346,23 @@ def _judging(config: Config) -> Iterator[str]:
             yield f"{error} ({key}={mode.name})"
     if not prompt.abstain.strip():
         yield "judge.prompt.abstain must be a text: it is an option of every question"
+
+
+def _rating(config: Config) -> Iterator[str]:
+    heldout = config.evaluate.heldout_judge
+    if heldout.mode is JudgeMode.rate:
+        yield "evaluate.heldout_judge.mode=rate: what is held out are questions; take another mode"
+    if config.judge.mode is not JudgeMode.rate:
+        return
+    if heldout.model and heldout.mode is None:
+        yield (
+            "judge.mode=rate with evaluate.heldout_judge.model: that one answers questions; set "
+            "evaluate.heldout_judge.mode"
+        )
+    if config.reward.blind is not Blind.off:
+        yield f"judge.mode=rate with reward.blind={config.reward.blind.name}: no question is asked"
+    if config.data.adaptive_questions:
+        yield "judge.mode=rate with data.adaptive_questions=true: no question is asked"
 
 
 def _endpoint(config: Config) -> Iterator[str]:

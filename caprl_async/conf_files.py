@@ -200,6 +200,8 @@ def writer_problems(config: WriterConfig, key: str, *, sees: bool) -> Iterator[s
 def judge_problems(config: Config) -> Iterator[str]:
     """The same for the judge."""
     model = config.judge.model
+    if config.judge.mode is JudgeMode.rate:
+        yield f"judge.mode=rate rates captions; job={config.job} asks questions: take another mode"
     if config.judge.mode is JudgeMode.sample:
         yield f"judge.mode=sample draws some of the questions; job={config.job} asks all: take another mode"
     if config.judge.endpoint.url:
@@ -256,6 +258,9 @@ def _model_problem(key: str, folder: Path, config: Config) -> str | None:
     ):
         return f"{key}={folder}/config.json is no description of a model"
     captioner = key in ("policy.model", "evaluate.dense_policy")
+    rater = config.judge.mode is JudgeMode.rate and key in ("judge.model", FURTHER_JUDGES)
+    if rater and "vision_config" not in architecture:
+        return f"{key}={folder} has no vision tower (vision_config); with judge.mode=rate it must see"
     if captioner and "vision_config" not in architecture:
         return f"{key}={folder} has no vision tower (vision_config); a captioner must see"
     if captioner and not (
@@ -265,6 +270,8 @@ def _model_problem(key: str, folder: Path, config: Config) -> str | None:
         return (
             f"{key}={folder} is a {kind}, which takes no images as patches with a grid, as Qwen-VL models do"
         )
+    if rater:
+        return _too_long(key, folder, architecture, config)
     if not captioner and "vision_config" in architecture:
         return f"{key}={folder} has a vision tower; a judge must be a text-only model"
     named = architecture.get("architectures") or []

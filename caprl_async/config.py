@@ -137,7 +137,7 @@ class JudgeConfig:
     num_actors: int = key(1, "judge actors that a ring starts with, one vLLM engine each")
     max_actors: int = key(0, "more of them join up to this number while the cluster has room; 0: none")
     also: list[str] = key([], "further judge models: each group is asked by one of them all, in turn")
-    mode: JudgeMode = key(JudgeMode.expected, "expected | sample | likelihood | text")
+    mode: JudgeMode = key(JudgeMode.expected, "expected | sample | likelihood | text | rate")
     permutations: int = key(1, "option orders per question (expected), gold position balanced")
     draws: int = key(8, "sampled answers per caption (sample mode; N of the paper)")
     text_tokens: int = key(32, "longest answer in own words, tokens (text mode)")

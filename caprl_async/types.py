@@ -114,6 +114,10 @@ class ImageData(Struct, frozen=True):
     def pictures(self) -> tuple[ImageData, ...]:
         return (self,)
 
+    @property
+    def times(self) -> tuple[float, ...]:
+        return ()
+
     @classmethod
     def of(cls, data: bytes) -> ImageData:
         return cls(sha256=hashlib.sha256(data).hexdigest(), data=data)
@@ -328,6 +332,7 @@ class JudgeLease(Struct, frozen=True, tag="judge"):
     captions: tuple[str, ...]
     questions: tuple[Question, ...]
     rotation: int
+    image: ImageRef | None = None  # for `judge.mode=rate` alone
 
 
 class Judged(Struct, frozen=True, tag="judged"):

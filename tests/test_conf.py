@@ -339,7 +339,7 @@ _OVERRIDES = st.fixed_dictionaries(
         "seed": st.integers(0, 2**31 - 1),
         "learner.lr": st.floats(1e-12, 1.0),
         "learner.correction.importance.high": st.floats(1.0, 100.0),
-        "judge.mode": st.sampled_from([mode.name for mode in JudgeMode]),
+        "judge.mode": st.sampled_from(["expected", "sample", "likelihood", "text"]),
         "judge.prompt.abstain": st.text(
             st.characters(codec="utf-8", exclude_characters="$\\"), min_size=1
         ).filter(str.strip),
@@ -417,5 +417,16 @@ def test_every_preset_fits_the_demo_and_is_complete(name: str, tmp_path: Path) -
 
 def test_a_choice_that_may_be_null_names_its_values(load: Callable[..., Config]) -> None:
     assert load("evaluate.heldout_judge.mode=text").evaluate.heldout_judge.mode is JudgeMode.text
-    with pytest.raises(ConfError, match=r"none of expected \| sample \| likelihood \| text \| null"):
+    with pytest.raises(ConfError, match=r"none of expected \| sample \| likelihood \| text \| rate \| null"):
         load("evaluate.heldout_judge.mode=blind")
+
+
+def test_a_judge_that_rates_must_see_and_asks_nothing(load: Callable[..., Config], tmp_path: Path) -> None:
+    with pytest.raises(ConfError, match="judge.mode=rate it must see"):
+        load("judge.mode=rate")
+    served = ["judge.mode=rate", "judge.endpoint.url=http://127.0.0.1:1/v1", "judge.model="]
+    assert load(*served).judge.mode is JudgeMode.rate
+    with pytest.raises(ConfError, match=r"reward\.blind"):
+        load(*served, "reward.blind=drop")
+    with pytest.raises(ConfError, match=r"heldout_judge\.mode=rate"):
+        load(*served, "evaluate.heldout_judge.mode=rate")

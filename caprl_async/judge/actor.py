@@ -1,6 +1,6 @@
 """The judge in the ring: a process that leases captions and questions from the queue and sends verdicts.
 
-It never receives an image: no message that reaches it has a field for one, and its engine has no vision.
+It receives no image, and its engine has no vision, but for `judge.mode=rate`: then it is a `Rater`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from caprl_async.config import Config, JudgeConfig, JudgeEndpointConfig
+from caprl_async.config import Config, JudgeConfig, JudgeEndpointConfig, JudgeMode
 from caprl_async.engine.types import EngineDied
 from caprl_async.judge.judge import Judge
 from caprl_async.judge.panel import model_of, panel
+from caprl_async.judge.rating import Rater
 from caprl_async.process import call_me, doing, whereabouts
 from caprl_async.types import Hello, Judged, JudgeLease, Role
 
@@ -57,11 +58,11 @@ class JudgeActor:
     def __init__(self, name: str, serves: str, config: Config, hub: HubAddress) -> None:
         self.name = name
         self.serves = serves
+        self._ring = config
         self._config = judge_config(config, serves)
         self._model = self._config.endpoint.url or self._config.model
-        self._seed = config.seed
         self._hub = hub
-        self._judge: Judge | None = None
+        self._judge: Judge | Rater | None = None
         self._peer: Peer | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -83,7 +84,7 @@ class JudgeActor:
         call_me(self.name)
         if self._judge is None:
             begun = time.monotonic()
-            self._judge = await asyncio.to_thread(Judge.load, self._config, self._seed)
+            self._judge = await asyncio.to_thread(self._load)
             log.info("%s: %s ready in %.1f s", self.name, self._model, time.monotonic() - begun)
             if self._judge.note:
                 log.warning("%s: %s", self.name, self._judge.note)
@@ -95,6 +96,11 @@ class JudgeActor:
             "mode": self._judge.mode.value,
             "note": self._judge.note,
         }
+
+    def _load(self) -> Judge | Rater:
+        if self._config.mode is JudgeMode.rate:
+            return Rater.load(self._config, self._ring)
+        return Judge.load(self._config, self._ring.seed)
 
     async def health(self) -> dict[str, Any]:
         """Load and counters since start."""
@@ -128,7 +134,10 @@ class JudgeActor:
         assert self._judge is not None
         try:
             with doing("judging"):
-                verdicts = await self._judge.judge(lease.captions, lease.questions, lease.rotation)
+                if isinstance(self._judge, Rater):
+                    verdicts = await self._judge.rate(lease.captions, lease.questions, lease.image)
+                else:
+                    verdicts = await self._judge.judge(lease.captions, lease.questions, lease.rotation)
         except EngineDied as error:
             self._die(error)
             raise

@@ -236,4 +236,5 @@ def _message(number: int, work: Work) -> Any:
         captions=work.captions,
         questions=work.questions,
         rotation=work.rotation,
+        image=work.image,
     )

@@ -16,7 +16,15 @@ from caprl_async.data.rows import Dataset
 from caprl_async.replay.eval_spec import Accuracy, EvalError, EvalResult, EvalSpec, JudgeResult
 from caprl_async.replay.lives import Prepared
 from caprl_async.replay.metrics import mean
-from caprl_async.replay.work import GenerateWork, JudgeWork, Verdicts, Work, judge_down, may_ask_again
+from caprl_async.replay.work import (
+    GenerateWork,
+    JudgeWork,
+    Verdicts,
+    Work,
+    judge_down,
+    may_ask_again,
+    shown_to,
+)
 from caprl_async.types import (
     CaptionGroup,
     Finish,
@@ -146,7 +154,8 @@ class EvalRun:
                 del self._to_judge[position]
                 key, index = self._key(item), item.prepared.index
                 asked = self._asked(item, judge)
-                return JudgeWork(self, key, item.attempt, (item.text or "",), asked, index, judge)
+                seen = shown_to(self._config, judge, item.prepared.image)
+                return JudgeWork(self, key, item.attempt, (item.text or "",), asked, index, judge, image=seen)
         return None
 
     def waiting_judges(self) -> set[str]:

@@ -31,7 +31,15 @@ from caprl_async.replay.queue import Kept, Queue, make_cut
 from caprl_async.replay.staleness import choose, group_fresh, token_staleness
 from caprl_async.replay.tally import Measured, Tally
 from caprl_async.replay.transport import encode
-from caprl_async.replay.work import GenerateWork, JudgeWork, Verdicts, Work, judge_down, may_ask_again
+from caprl_async.replay.work import (
+    GenerateWork,
+    JudgeWork,
+    Verdicts,
+    Work,
+    judge_down,
+    may_ask_again,
+    shown_to,
+)
 from caprl_async.reward.allocation import Spreads
 from caprl_async.types import CaptionGroup, Evicted, Retried, TrainBatch, Version
 
@@ -156,8 +164,9 @@ class TrainFlow:
                 self.retry(life, Retried.STALE)
                 continue
             prompt, texts = life.prompt, captions_to_judge(life, self.config)
+            seen = shown_to(self.config, serves, prompt.image)
             return JudgeWork(
-                self, prompt.key, prompt.attempt, texts, life.questions, prompt.index, serves, peer
+                self, prompt.key, prompt.attempt, texts, life.questions, prompt.index, serves, peer, seen
             )
         return None
 

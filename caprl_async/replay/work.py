@@ -7,7 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
-from caprl_async.types import CaptionGroup, Outcome, Prompt, Purpose, Question, Verdict, Version
+from caprl_async.config import Config, JudgeMode
+from caprl_async.judge.panel import panel
+from caprl_async.types import (
+    CaptionGroup,
+    ImageRef,
+    Outcome,
+    Prompt,
+    Purpose,
+    Question,
+    Verdict,
+    Version,
+)
 
 Verdicts: TypeAlias = tuple[tuple[Verdict, ...], ...]
 """[caption][question]."""
@@ -42,6 +53,13 @@ class JudgeWork:
     rotation: int
     serves: str  # which judges
     peer: str = ""  # who was given it
+    image: ImageRef | None = None  # see `shown_to`
+
+
+def shown_to(config: Config, serves: str, image: ImageRef | None) -> ImageRef | None:
+    """What a judge sees beside captions: nothing, unless the conf has it rate them (`judge.mode=rate`)."""
+    rates = config.judge.mode is JudgeMode.rate and serves in panel(config.judge)
+    return image if rates else None
 
 
 Work: TypeAlias = GenerateWork | JudgeWork

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from caprl_async.config import WriterConfig
 from caprl_async.data.chat import escape_markup
 from caprl_async.data.images import BadImage, media_type
+from caprl_async.data.processor import timestamp
 from caprl_async.endpoint.client import Client
 from caprl_async.endpoint.protocol import Choice
 from caprl_async.endpoint.server import EndpointError, Failure, Server
 from caprl_async.engine.types import EngineDied, EngineStats
-from caprl_async.types import Finish, ImageData
+from caprl_async.types import Finish, ImageData, ImageRef
 from caprl_async.writer.types import Ask, Text, Unwritten, WriterError, Written, draws
 from caprl_async.writer.writer import Writer
 
@@ -76,9 +77,7 @@ class EndpointWriter(Writer):
     def _body(self, ask: Ask) -> dict[str, Any]:
         content: list[dict[str, Any]] = [{"type": "text", "text": escape_markup(ask.text)}]
         if ask.image is not None:
-            data = ask.image.data if isinstance(ask.image, ImageData) else Path(ask.image.path).read_bytes()
-            url = f"data:{media_type(data)};base64,{base64.b64encode(data).decode()}"
-            content.insert(0, {"type": "image_url", "image_url": {"url": url}})
+            content = [*_shown(ask.image), *content]
         body: dict[str, Any] = {
             "messages": [
                 {"role": "user", "content": content if ask.image is not None else content[0]["text"]}
@@ -89,6 +88,17 @@ class EndpointWriter(Writer):
             "n": draws(ask, self._config.temperature),
         }
         return body if ask.seed is None else {**body, "seed": ask.seed % 2**31}
+
+
+def _shown(image: ImageRef | ImageData) -> Iterator[dict[str, Any]]:
+    """The parts of a turn that show it: one, or a picture behind the time of each frame."""
+    times = [{"type": "text", "text": timestamp(time)} for time in image.times]
+    pictures: Sequence[ImageRef | ImageData] = image.pictures
+    for number, picture in enumerate(pictures):
+        data = picture.data if isinstance(picture, ImageData) else Path(picture.path).read_bytes()
+        url = f"data:{media_type(data)};base64,{base64.b64encode(data).decode()}"
+        yield from times[number : number + 1]
+        yield {"type": "image_url", "image_url": {"url": url}}
 
 
 def _text(choice: Choice) -> Text:

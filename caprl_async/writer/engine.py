@@ -15,6 +15,8 @@ from caprl_async.engine.types import Completion, EngineDied, EngineStats, Reques
 from caprl_async.writer.types import Ask, Text, Unwritten, WriterError, Written, draws
 from caprl_async.writer.writer import Writer
 
+_KEPT_ENCODERS = 64  # videos of equal lengths have equal times
+
 
 class EngineWriter(Writer):
     """One engine, with its checkpoint's chat template; it sees images if the checkpoint does."""
@@ -28,14 +30,14 @@ class EngineWriter(Writer):
         self._config = config
 
     @classmethod
-    def load(cls, config: WriterConfig, key: str, seed: int) -> EngineWriter:
+    def load(cls, config: WriterConfig, key: str, seed: int, pictures: int = 1) -> EngineWriter:
         """
         Raises:
             WriterError: the checkpoint's files do not suit.
             EngineDied: vLLM cannot load it.
         """
         prompts = Prompts(config, key)
-        vision = VisionLimits(config.min_pixels, config.max_pixels) if prompts.sees else None
+        vision = VisionLimits(config.min_pixels, config.max_pixels, pictures) if prompts.sees else None
         engine = Engine(
             config.model, config.engine, seed=seed, vision=vision, banned_token_ids=prompts.banned_token_ids
         )
@@ -97,25 +99,39 @@ class Prompts:
         if not (Path(config.model) / "config.json").is_file():
             raise WriterError(f"{key}.model={config.model} is no folder of a checkpoint")
         try:
-            self._with_image = self._vision(config)
+            self._processor = self._vision(config)
             self._plain = ChatEncoder(self._tokenizer)
         except (NoChatTemplate, UnsupportedModel) as error:
             raise WriterError(f"{key}.model={config.model}: {error}") from error
-        self.sees = self._with_image is not None
+        self.sees = self._processor is not None
 
     def ids(self, ask: Ask) -> tuple[int, ...]:
-        """Of a user turn up to the answer; one placeholder for an image."""
-        encoder = self._plain if ask.image is None or self._with_image is None else self._with_image
-        return encoder.ids(ask.text)
+        """Of a user turn up to the answer; a placeholder for an image, or for each frame, behind its time."""
+        if ask.image is None or self._processor is None:
+            return self._plain.ids(ask.text)
+        return self._showing(ask.image.times).ids(ask.text)
+
+    def _showing(self, times: tuple[float, ...]) -> ChatEncoder:
+        """The encoder of turns with an image, or with frames of these times."""
+        if times not in self._encoders:
+            assert self._processor is not None
+            processor = self._processor
+            while len(self._encoders) >= _KEPT_ENCODERS:
+                self._encoders.pop(next(iter(self._encoders)))
+            self._encoders[times] = ChatEncoder(
+                processor.tokenizer, lambda text: processor.render(text, times)
+            )
+        return self._encoders[times]
 
     def decode(self, ids: Sequence[int]) -> str:
         """An answer's text up to its end."""
         return self._plain.decode(ids)
 
-    def _vision(self, config: WriterConfig) -> ChatEncoder | None:
-        """The encoder of turns with an image; None if the checkpoint sees none."""
+    def _vision(self, config: WriterConfig) -> PolicyProcessor | None:
+        """The processor of a checkpoint that sees images; None if it sees none."""
         from transformers import AutoConfig
 
+        self._encoders: dict[tuple[float, ...], ChatEncoder] = {}
         self.banned_token_ids: tuple[int, ...] = ()
         if getattr(AutoConfig.from_pretrained(config.model), "vision_config", None) is None:
             self._tokenizer: Any = load_tokenizer(config.model)
@@ -123,4 +139,5 @@ class Prompts:
         processor = PolicyProcessor(config.model, config.min_pixels, config.max_pixels)
         self._tokenizer = processor.tokenizer
         self.banned_token_ids = processor.banned_token_ids
-        return ChatEncoder(processor.tokenizer, processor.render)
+        self._encoders[()] = ChatEncoder(processor.tokenizer, processor.render)
+        return processor

@@ -74,10 +74,10 @@ def about_writer(config: WriterConfig) -> dict[str, Any]:
     }
 
 
-def load_writer(config: WriterConfig, key: str, seed: int = 0) -> Writer:
+def load_writer(config: WriterConfig, key: str, seed: int = 0, *, pictures: int = 1) -> Writer:
     """Starts an engine for `config.model`, which takes seconds to minutes, or finds `config.endpoint`.
 
-    `key` is that of the conf which holds `config`; messages name it.
+    `key` is that of the conf which holds `config`; messages name it. `pictures`: the most that an ask shows.
 
     Raises:
         WriterError: model or endpoint cannot be used.
@@ -89,4 +89,4 @@ def load_writer(config: WriterConfig, key: str, seed: int = 0) -> Writer:
         return EndpointWriter.load(config, key)
     from caprl_async.writer.engine import EngineWriter
 
-    return EngineWriter.load(config, key, seed)
+    return EngineWriter.load(config, key, seed, pictures)
