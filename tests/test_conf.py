@@ -422,7 +422,7 @@ def test_a_choice_that_may_be_null_names_its_values(load: Callable[..., Config])
 
 
 def test_a_judge_that_rates_must_see_and_asks_nothing(load: Callable[..., Config], tmp_path: Path) -> None:
-    with pytest.raises(ConfError, match="judge.mode=rate it must see"):
+    with pytest.raises(ConfError, match="mode=rate it must see"):
         load("judge.mode=rate")
     served = ["judge.mode=rate", "judge.endpoint.url=http://127.0.0.1:1/v1", "judge.model="]
     assert load(*served).judge.mode is JudgeMode.rate

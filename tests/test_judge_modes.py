@@ -111,7 +111,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("mode", list(JudgeMode))
+@pytest.mark.parametrize("mode", [mode for mode in JudgeMode if mode is not JudgeMode.rate])
 @pytest.mark.parametrize("reason", list(BAD))
 def test_bad_questions_are_unscorable_with_a_reason(
     folder: Path, engine: ReferenceEngine, mode: JudgeMode, reason: str
