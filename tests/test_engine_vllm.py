@@ -112,6 +112,35 @@ def test_a_video_is_captioned_from_its_frames_in_their_order(rig: Rig, tmp_path:
         assert torch.tensor(completion.logprobs) == pytest.approx(own, abs=TOLERANCE)
 
 
+def test_a_request_whose_pixels_were_cached_survives_a_reset(rig: Rig, tmp_path: Path) -> None:
+    stills = [noise_image(tmp_path, *size) for size in ((112, 112), (84, 112), (112, 84))]
+    frames = tuple(Frame(sha256=s.sha256, path=s.path, time=float(k)) for k, s in enumerate(stills))
+    video = ImageRef(sha256="w", path=stills[0].path, frames=frames)
+    ask_one(rig, rig.request(video, max_tokens=1))  # its prompt is in the prefix cache from now on
+
+    def forget(llm: Any) -> None:
+        assert llm.has_unfinished_requests()
+        assert llm.reset_prefix_cache(reset_running_requests=True)
+        llm.reset_mm_cache()
+        llm.reset_encoder_cache()
+
+    async def reset_in_the_middle() -> Response:
+        request = rig.request(video, n=2, max_tokens=120, min_tokens=120, want_logprobs=True)
+        going = asyncio.create_task(rig.engine.generate(request))
+        while rig.engine.stats().running == 0:
+            await asyncio.sleep(0.001)
+        await rig.engine.call(forget)
+        return await going
+
+    answer = asyncio.run(reset_in_the_middle())
+    for completion in answer.completions:
+        right = rig.logprobs(video, answer.prompt_token_ids, completion.token_ids, 1.0)
+        right[:, rig.processor.eos_token_id] = -math.inf  # min_tokens
+        right = right.log_softmax(-1)
+        own = right.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        assert torch.tensor(completion.logprobs) == pytest.approx(own, abs=TOLERANCE)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
 def test_behaviour_log_probabilities_are_those_of_transformers(
     rig: Rig, image: ImageRef, temperature: float
