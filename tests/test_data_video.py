@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
+import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from caprl_async.config import Config
+from caprl_async.data.caprl_qa import read_record
+from caprl_async.data.examples import Example, read_examples
 from caprl_async.data.images import BadImage, ImageStore
 from caprl_async.data.load import load_rows
-from caprl_async.data.rows import DataError
+from caprl_async.data.rows import DataError, Row
 from caprl_async.data.video import FrameLimits, check_videos, frame_times, frames_of, keep_row, keep_video
 from caprl_async.tiny import video as tiny_video
 from caprl_async.tiny.world import write_parquet
@@ -140,7 +145,7 @@ def test_rows_of_videos_need_a_conf_that_takes_them(tmp_path: Path) -> None:
     store, config = ImageStore(tmp_path / "store"), Config()
     with pytest.raises(DataError, match=r"data\.frames"):
         check_videos(data, config)
-    with pytest.raises(BadImage, match=r"data\.frames"):
+    with pytest.raises(BadImage, match="only images"):
         keep_row(store, data.rows[0], FrameLimits.of(config))
     config.data.frames = 4
     check_videos(data, config)
@@ -149,8 +154,6 @@ def test_rows_of_videos_need_a_conf_that_takes_them(tmp_path: Path) -> None:
 
 
 def test_the_tiny_worlds_videos_show_what_their_facts_say(tmp_path: Path) -> None:
-    import json
-
     from caprl_async.tiny.draw import RGB
     from caprl_async.tiny.grammar import SLOTS
 
@@ -167,3 +170,100 @@ def test_the_tiny_worlds_videos_show_what_their_facts_say(tmp_path: Path) -> Non
                 near = int((np.abs(pixels - np.array(rgb)).max(axis=1) < 40).sum())
                 shown = slot in by_slot and by_slot[slot]["color"] == color
                 assert (near > 150) == shown, (slot, color, near)
+
+
+def test_a_codec_that_nobody_knows_is_refused() -> None:
+    """Decoding it would end the process."""
+    data = film(2, form="matroska").replace(b"V_MPEG4/ISO/ASP", b"V_ZZZZZ/ISO/ASP")
+    with pytest.raises(BadImage, match="not known"):
+        list(frames_of(data, LIMITS))
+
+
+def test_a_telephone_held_upright_films_upright_pictures() -> None:
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream: Any = container.add_stream("mpeg4", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        picture = np.zeros((48, 64, 3), np.uint8)
+        picture[:16, :16] = 255  # top left
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    data = buffer.getvalue()
+    plain = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    turned = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 48 << 16, 0, 1 << 30)  # shown clockwise by 90
+    at = data.index(plain, data.index(b"tkhd"))
+    ((_, image),) = frames_of(data[:at] + turned + data[at + 36 :], LIMITS)
+    assert image.size == (48, 64)
+    shown = np.asarray(image.convert("L"))
+    assert shown[:10, -10:].mean() > 200, "top right"
+    assert shown[:10, :10].mean() < 50
+
+
+def test_a_video_that_does_not_say_how_long_it_is_is_seen_whole() -> None:
+    class Pipe(io.RawIOBase):
+        """What is written to it cannot go back to fill in a length."""
+
+        def __init__(self) -> None:
+            self.data = bytearray()
+
+        def write(self, data: Any) -> int:
+            self.data += data
+            return len(data)
+
+        def writable(self) -> bool:
+            return True
+
+    pipe = Pipe()
+    with av.open(pipe, "w", format="matroska", options={"live": "1"}) as container:
+        stream: Any = container.add_stream("mpeg4", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(40 * 4):
+            picture = np.full((48, 64, 3), number % 250, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(io.BytesIO(bytes(pipe.data))) as opened:
+        assert opened.duration is None
+        assert opened.streams.video[0].duration is None
+    times = [time for time, _ in frames_of(bytes(pipe.data), FrameLimits(4, 1.0, 10_000))]
+    assert times == pytest.approx([0, 10, 20, 30], abs=0.5)
+
+
+def test_frames_beyond_what_can_be_held_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("caprl_async.data.video.MAX_PIXELS", 64 * 48 - 1)
+    with pytest.raises(BadImage, match="64 x 48"):
+        list(frames_of(film(1), LIMITS))
+
+
+def test_half_a_note_is_none_and_many_may_take_frames_at_once(tmp_path: Path) -> None:
+    store, data = ImageStore(tmp_path / "store"), film(2)
+    video = keep_video(store, data, LIMITS)
+    (note,) = (tmp_path / "store" / "videos").iterdir()
+    note.write_text("[[0.0, ")
+    assert keep_video(store, data, LIMITS) == video
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(10):
+            other = FrameLimits(2, 1.0, 5000 + number)
+            found = list(pool.map(lambda _, limits=other: keep_video(store, data, limits), range(8)))
+            assert len({one.sha256 for one in found}) == 1
+
+
+@pytest.mark.parametrize("empty", [None, "", [], {"bytes": None, "path": None}])
+def test_an_empty_column_is_none(tmp_path: Path, empty: Any) -> None:
+    ((row, _),) = tiny_video.rows(1, "x")
+    write_parquet([row], tmp_path / "a.parquet")
+    (tmp_path / "v.mp4").write_bytes(film(1))
+    record = {
+        "id": "a",
+        "image": empty,
+        "images": empty,
+        "videos": ["v.mp4"],
+        "reward_model": row["reward_model"],
+    }
+    (found,) = read_record(record, "a", tmp_path, "unknown")
+    assert isinstance(found, Row)
+    assert (found.image, found.video) == (tmp_path / "v.mp4", True)
+    sample = {"caption": "red .", "path": "v.mp4", "image": empty, "video": "v.mp4"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(sample))
+    (example,) = read_examples(tmp_path / "a.jsonl")
+    assert isinstance(example, Example)
+    assert example.video

@@ -261,7 +261,7 @@ def report(
 
 
 def engine_config(
-    dtype: str | None = None, block_size: int | None = None, kv_gib: float = 1.0
+    dtype: str | None = None, block_size: int | None = None, kv_gib: float | None = None
 ) -> EngineConfig:
     """The ring's settings for the device at hand."""
     config = EngineConfig(max_model_len=2048, block_size=block_size, kv_cache_gib=kv_gib)
@@ -287,7 +287,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", help="float32 on CPU, bfloat16 on GPU")
     parser.add_argument("--block-size", type=int, help="tokens that the prefix cache shares as one")
-    parser.add_argument("--kv-gib", type=float, default=1.0, help="CPU: memory for keys and values")
+    parser.add_argument(
+        "--kv-gib", type=float, help="memory for keys and values, as an engine's kv_cache_gib"
+    )
     args = parser.parse_args()
     images = max(1, args.captions // GROUP)
     args.captions = images * GROUP

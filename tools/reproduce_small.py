@@ -20,6 +20,7 @@ from pathlib import Path
 from scipy import stats
 
 import caprl_async
+from caprl_async.files import write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import init_vlm
@@ -136,6 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("docs/reproduce"), help="where the table goes")
     parser.add_argument("overrides", nargs="*", help="conf keys of every arm, key=value")
     args = parser.parse_args(argv)
+    if args.overrides and parser.get_default("out") == args.out:
+        parser.error("with conf keys of your own name --folder and --out too: the results are others")
     arms = [arm for arm in ARMS if not args.only or arm.name in args.only]
     data = args.folder / "data"
     make_data(data)
@@ -148,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 continue
             for name, value in run_arm(arm, seed, args.folder, data, args.overrides).items():
                 values.setdefault(name, {})[str(seed)] = value
-            results.write_text(json.dumps(values, indent=1) + "\n")
+            write_json(results, values)
     written = table(arms, whole_seeds(values, args.seeds))
     (args.out / "table.md").write_text(written)
     print(written)
@@ -188,7 +191,7 @@ def run_arm(arm: Arm, seed: int, folder: Path, data: Path, overrides: Sequence[s
     run_dir = folder / f"{arm.name}-{seed}"
     result = run_dir / ("3-tune/result.json" if arm.measure == "loss" else "result.json")
     if not result.is_file():
-        _make_captions(arm, seed, folder, data)
+        _make_captions(arm, seed, folder, data, overrides)
         if arm.name == "larger":
             _make_larger(data / "larger")
         filled = [one.replace("{data}", str(data)).replace("{seed}", str(seed)) for one in arm.overrides]
@@ -201,7 +204,7 @@ def run_arm(arm: Arm, seed: int, folder: Path, data: Path, overrides: Sequence[s
     return {**start, arm.name: found["trained"]["heldout_judge"]}
 
 
-def _make_captions(arm: Arm, seed: int, folder: Path, data: Path) -> None:
+def _make_captions(arm: Arm, seed: int, folder: Path, data: Path, overrides: Sequence[str]) -> None:
     """The start's, or the RL captioner's, captions of the images that all pre-training sees."""
     models = {
         "pretrain-sft": (data / "by-start", TINY / "models" / "policy"),
@@ -210,6 +213,9 @@ def _make_captions(arm: Arm, seed: int, folder: Path, data: Path) -> None:
     if arm.name not in models:
         return
     out, model = models[arm.name]
+    if not out.is_dir() and not model.is_dir():  # its result came from elsewhere
+        (trained,) = [one for one in ARMS if one.name == "caprl"]
+        run_arm(trained, seed, folder, data, overrides)
     if not out.is_dir():
         run_dir = folder / f"captions-{out.name}"
         _program(

@@ -8,7 +8,7 @@ from typing import Any
 
 from caprl_async.data.parquet import parquet_records
 from caprl_async.data.questions import collect, from_mapping, literal
-from caprl_async.data.rows import BadRow, Reject, Row, checked, id_of, place
+from caprl_async.data.rows import BadRow, Reject, Row, checked, id_of, is_given, place
 
 _NEEDED = ("id", "reward_model")
 _SHOWS = ("image", "images", "video", "videos")  # one of them
@@ -37,7 +37,7 @@ def read_record(record: Mapping[str, Any], name: str, folder: Path, abstain: str
         if not found:
             raise BadRow("missing_id")
         row_id = found
-        column = next((name for name in _SHOWS if record.get(name) is not None), "image")
+        column = next((name for name in _SHOWS if is_given(record.get(name))), "image")
         image = image_source(_cell(record, column), folder)
         video = column in ("video", "videos")
         column = "reward_model"

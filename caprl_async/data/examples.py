@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from caprl_async.data.rows import BadRow, DataError, Reject, checked, id_of, place
+from caprl_async.data.rows import BadRow, DataError, Reject, checked, id_of, is_given, place
 
 SUFFIXES = (".parquet", ".jsonl", ".tar")
 _IMAGES = (
@@ -78,7 +78,7 @@ def _examples(row: Mapping[str, Any] | Reject, file: Path, number: int) -> Itera
 
 def _image(row: Mapping[str, Any], folder: Path) -> tuple[bytes | Path, bool]:
     """What is shown, and whether it is a video."""
-    column = next((name for name in (*_IMAGES, *_VIDEOS) if row.get(name) is not None), "image")
+    column = next((name for name in (*_VIDEOS, *_IMAGES) if is_given(row.get(name))), "image")
     value = row.get(column)
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")

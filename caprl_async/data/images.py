@@ -54,7 +54,7 @@ class ImageStore:
         target = stored_path(self.folder, sha256)
         if not target.exists():
             decode(data, str(image) if isinstance(image, Path) else f"image {sha256[:12]}")
-            _write(target, data)
+            write_whole(target, data)
         return ImageRef(sha256=sha256, path=str(target))
 
     def refer(self, image: Path) -> ImageRef:
@@ -148,13 +148,14 @@ def _read(path: Path) -> bytes:
         raise BadImage(f"{path}: {error.strerror or error}") from error
 
 
-def _write(target: Path, data: bytes) -> None:
+def write_whole(target: Path, data: bytes) -> None:
+    """Writes a file that others may write at the same time; readers see all of it or nothing."""
     target.parent.mkdir(exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".part-")
     try:
         with os.fdopen(handle, "wb") as out:
             out.write(data)
-        os.replace(temporary, target)  # readers see all of it or nothing
+        os.replace(temporary, target)
     except BaseException:
         os.unlink(temporary)
         raise

@@ -102,7 +102,7 @@ def make_index(
     written to `rejects`.
 
     Raises:
-        DataError: no example can be used.
+        DataError: no example can be used, or one is a video and none are taken.
     """
     about = _about(spec, processor)
     if path.is_file() and _made_as(path) == about:
@@ -194,12 +194,13 @@ def _row(
 def _kept(example: Example, store: ImageStore, videos: FrameLimits | None) -> ImageRef:
     """
     Raises:
-        BadImage: see `ImageStore.put` and `keep_video`; or it is a video, and none are taken.
+        BadImage: see `ImageStore.put` and `keep_video`.
+        DataError: it is a video, and none are taken.
     """
     image = example.image
     if example.video:
         if videos is None:
-            raise BadImage("a video; data.frames=0 takes none")
+            raise DataError(f"{example.row_id} is a video; data.frames says as how many frames each is shown")
         return keep_video(store, image, videos)
     return store.put(image) if isinstance(image, bytes) else store.refer(image)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,13 @@ class Reject:
     reason: str
     detail: str = ""
     column: str = ""  # that holds what is wrong, where it is one
+
+
+def is_given(value: Any) -> bool:
+    """Whether a column says anything: empty texts, lists and {bytes, path} without either do not."""
+    if isinstance(value, Mapping):
+        return any(map(is_given, value.values()))
+    return value is not None and not (isinstance(value, str | bytes | list) and not value)
 
 
 class BadQuestion(ValueError):

@@ -18,13 +18,22 @@ from typing import Any
 from PIL import Image
 
 from caprl_async.config import Config
-from caprl_async.data.images import BadImage, ImageStore, stored_path
+from caprl_async.data.images import (
+    MAX_ASPECT,
+    MAX_BYTES,
+    MAX_PIXELS,
+    BadImage,
+    ImageStore,
+    stored_path,
+    write_whole,
+)
 from caprl_async.data.rows import DataError, Dataset, Row
 from caprl_async.types import Frame, ImageRef
 
-_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,gif"
+_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,asf,mpegts,mpeg,flv,ogg,gif"
 """Containers that hold their pictures themselves: playlists would have other files opened, or addresses."""
 
+_OPTIONS = {"format_whitelist": _FORMATS}
 _SEEK_S = 5.0  # a longer way to the next frame is jumped, a shorter one decoded
 _EARLY_S = 1e-3  # times are rounded to the stream's ticks
 
@@ -54,15 +63,15 @@ def check_videos(data: Dataset, config: Config) -> None:
 
 
 def keep_row(store: ImageStore, row: Row, limits: FrameLimits | None) -> ImageRef:
-    """The row's image, or the frames of its video, in the store.
+    """The row's image, or the frames of its video, in the store; without limits no video is taken.
 
     Raises:
-        BadImage: it cannot be read, or is a video and there are no limits.
+        BadImage: it cannot be read, or is a video that is not taken.
     """
     if not row.video:
         return store.put(row.image)
     if limits is None:
-        raise BadImage("a video; data.frames=0 takes none")
+        raise BadImage("a video, where only images are taken")
     return keep_video(store, row.image, limits)
 
 
@@ -73,16 +82,20 @@ def keep_video(store: ImageStore, video: bytes | Path, limits: FrameLimits) -> I
         BadImage: it cannot be read or decoded.
     """
     note = store.folder / "videos" / f"{_identity(video, limits)}.json"
-    if note.is_file():
-        known = [(float(time), str(sha256)) for time, sha256 in json.loads(note.read_text())]
-        if all(stored_path(store.folder, sha256).is_file() for _, sha256 in known):
-            return _reference(store, known)
+    known = _noted(note)
+    if known and all(stored_path(store.folder, sha256).is_file() for _, sha256 in known):
+        return _reference(store, known)
     found = [(round(time, 3), store.put(_encoded(image)).sha256) for time, image in frames_of(video, limits)]
-    note.parent.mkdir(exist_ok=True)
-    partial = note.with_suffix(".partial")
-    partial.write_text(json.dumps(found))
-    partial.replace(note)
+    write_whole(note, json.dumps(found).encode())
     return _reference(store, found)
+
+
+def _noted(note: Path) -> list[tuple[float, str]]:
+    """What was found of a video before; nothing if there is no note, or half of one."""
+    try:
+        return [(float(time), str(sha256)) for time, sha256 in json.loads(note.read_bytes())]
+    except (OSError, ValueError, TypeError):
+        return []
 
 
 def _identity(video: bytes | Path, limits: FrameLimits) -> str:
@@ -108,7 +121,10 @@ def _reference(store: ImageStore, found: Sequence[tuple[float, str]]) -> ImageRe
 
 def _encoded(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=95, subsampling=0)
+    try:
+        image.save(buffer, "JPEG", quality=95, subsampling=0)
+    except OSError as error:  # of more than 65,500 px
+        raise BadImage(f"a frame of {image.width} x {image.height} px: {error}") from error
     return buffer.getvalue()
 
 
@@ -128,14 +144,13 @@ def frames_of(video: bytes | Path, limits: FrameLimits) -> Iterator[tuple[float,
 
     name = "a video" if isinstance(video, bytes) else str(video)
     try:
-        source = io.BytesIO(video) if isinstance(video, bytes) else str(video)
-        with av.open(source, options={"format_whitelist": _FORMATS}) as container:
-            if not container.streams.video:
-                raise BadImage(f"{name} has no pictures")
-            stream = container.streams.video[0]
+        duration = _duration(video, name)
+        with av.open(_source(video), options=_OPTIONS) as container:
+            stream = _stream(container, name)
             stream.thread_type = "AUTO"
             count = 0
-            for time, frame in _taken(container, stream, frame_times(_duration(container, limits), limits)):
+            for time, frame in _taken(container, stream, frame_times(duration, limits)):
+                _check_size(frame.width, frame.height, name)
                 count += 1
                 yield time, _picture(frame, limits.max_pixels)
     except (av.error.FFmpegError, ValueError, OSError) as error:
@@ -146,13 +161,51 @@ def frames_of(video: bytes | Path, limits: FrameLimits) -> Iterator[tuple[float,
         raise BadImage(f"{name}: no frame of it can be decoded")
 
 
-def _duration(container: Any, limits: FrameLimits) -> float:
+def _source(video: bytes | Path) -> Any:
+    """What PyAV opens: a relative name with a colon would be an address."""
+    if isinstance(video, bytes):
+        return io.BytesIO(video)
+    path = video.resolve()
+    if path.stat().st_size > MAX_BYTES:
+        raise BadImage(f"{video}: {path.stat().st_size} bytes; at most {MAX_BYTES} are read")
+    return str(path)
+
+
+def _stream(container: Any, name: str) -> Any:
+    """The pictures.
+
+    Raises:
+        BadImage: there are none, or none that can be decoded or held.
+    """
+    if not container.streams.video:
+        raise BadImage(f"{name} has no pictures")
     stream = container.streams.video[0]
-    if stream.duration:
-        return float(stream.duration * stream.time_base)
-    if container.duration:
-        return container.duration / 1e6
-    return limits.frames / limits.fps  # some forms do not say
+    if stream.codec_context is None:  # decoding it would end the process
+        raise BadImage(f"{name} is written in a way that is not known")
+    _check_size(stream.width, stream.height, name)
+    return stream
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+    longer, shorter = max(width, height), min(width, height)
+    if not 0 < longer * shorter <= MAX_PIXELS or longer > MAX_ASPECT * shorter:
+        raise BadImage(f"{name}: frames of {width} x {height} px")
+
+
+def _duration(video: bytes | Path, name: str) -> float:
+    """Seconds; where the file does not say, up to the last picture's time."""
+    import av
+
+    with av.open(_source(video), options=_OPTIONS) as container:
+        stream = _stream(container, name)
+        if stream.duration:
+            return float(stream.duration * stream.time_base)
+        if container.duration:
+            return container.duration / 1e6
+        times = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
+        if not times:
+            raise BadImage(f"{name} has no times")
+        return float((max(times) - min(times)) * stream.time_base)
 
 
 def _taken(container: Any, stream: Any, times: Sequence[float]) -> Iterator[tuple[float, Any]]:
@@ -181,6 +234,8 @@ def _taken(container: Any, stream: Any, times: Sequence[float]) -> Iterator[tupl
 
 def _picture(frame: Any, max_pixels: int) -> Image.Image:
     image: Image.Image = frame.to_image()
+    if frame.rotation:  # as telephones write what they hold upright
+        image = image.rotate(frame.rotation, expand=True)
     scale = math.sqrt(max_pixels / (image.width * image.height))
     if scale < 1:
         image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))

@@ -185,7 +185,8 @@ class Replay:
         wrong = contradictions(step, batch)
         if wrong:
             raise ConfError(f"{path} is not the batch of step {step.number}: {'; '.join(wrong)}")
-        images = [scored.image.path for scored in at_home(batch, self.images).groups]
+        groups = at_home(batch, self.images).groups
+        images = [picture.path for scored in groups for picture in scored.image.pictures]
         missing = [path for path in images if not Path(path).is_file()]
         if missing:
             raise ConfError(f"the images of step {step.number} are not there: {_some(missing)}")

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from caprl_async.config import Config
 from caprl_async.data.load import load_rows
 from caprl_async.data.rows import REJECTS, Dataset, Row
+from caprl_async.data.video import check_videos
 from caprl_async.replay.eval_spec import EvalError, EvalResult, EvalSpec, heldout_spec
 from caprl_async.replay.evaluation import EvalRun
 from caprl_async.replay.lives import Prepared
@@ -112,6 +113,7 @@ class Examiner:
             raise EvalError("there are no held-out questions: set data.heldout")
         if path not in self._data:
             dataset = await asyncio.to_thread(load_rows, path, self._config.judge.prompt.abstain)
+            check_videos(dataset, self._config)
             dataset.write_rejects(self._run_dir / REJECTS)
             self._data[path] = dataset
         return self._data[path]

@@ -136,7 +136,8 @@ class TrainFlow:
 
     def admitted(self, life: Life) -> None:
         prompt = life.prompt
-        self._record(life, Event.ADMITTED, self.version, row_id=prompt.row_id, image=prompt.image.sha256)
+        shown = prompt.image.pictures[0].sha256
+        self._record(life, Event.ADMITTED, self.version, row_id=prompt.row_id, image=shown)
 
     # ------------------------------------------------------------ work (WorkOwner)
 

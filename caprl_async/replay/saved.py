@@ -154,7 +154,15 @@ def _take_back(flow: TrainFlow, prepared: Prepared, saved: Saved, own: bool) -> 
         flow.admitted(life)
     state, _ = flow.ledger.lives.live[index]
     kept = saved.captions(index)
-    if kept is None or state not in (Event.JUDGING, Event.READY) or not flow.fresh(kept.group):
+    usable = (
+        kept is not None
+        and state in (Event.JUDGING, Event.READY)
+        and flow.fresh(kept.group)
+        # The file may be gone, or the frames be others by the keys of this conf.
+        and prepared.image is not None
+        and prepared.image.sha256 == kept.group.image_sha256
+    )
+    if kept is None or not usable:
         flow.retry(life, Retried.STALE)
         if prepared.image is None or not life.questions:
             flow.queue.again.remove(life)
