@@ -97,6 +97,12 @@ def test_the_table_says_who_agrees(tool: Any) -> None:
     assert "48.3 against 39.9" in beats
     assert beats.endswith("| yes |")
     assert "| `caprl` | RL, the judge's probabilities | 81.0 % | 80.0 %, 82.0 %, 81.0 % |" in text
+    values |= {"questions-2": [0.80, 0.82, 0.81], "questions-3": [0.81, 0.81, 0.82]}
+    (alike,) = [x for x in tool.table(tool.ARMS, values).splitlines() if "as good as two" in x]
+    assert alike.endswith("| no difference seen |")
+    values["questions-3"] = [0.90, 0.92, 0.91]
+    (alike,) = [x for x in tool.table(tool.ARMS, values).splitlines() if "as good as two" in x]
+    assert alike.endswith("| no |")
     (filtered,) = [line for line in text.splitlines() if "filtered questions" in line]
     assert filtered.endswith("| open |")
     (captions,) = [line for line in text.splitlines() if "captions help" in line]

@@ -55,6 +55,7 @@ class Claim:
     better: str
     worse: str
     paper: str
+    alike: bool = False  # the paper finds no difference worth naming
 
 
 def _sample(draws: int) -> Arm:
@@ -115,9 +116,11 @@ CLAIMS = (
     Claim("RL beats longer supervised training", "caprl", "sft-sparse", "not published as such"),
     Claim("two draws beat one", "sample-2", "sample-1", "47.6 against 47.3"),
     Claim("four draws beat two", "sample-4", "sample-2", "48.4 against 47.6"),
-    Claim("eight draws are as good as four", "sample-8", "sample-4", "48.3 against 48.4"),
+    Claim("eight draws are as good as four", "sample-8", "sample-4", "48.3 against 48.4", alike=True),
     Claim("two questions beat one", "questions-2", "questions-1", "48.5 against 48.0"),
-    Claim("three questions are as good as two", "questions-3", "questions-2", "48.5 against 48.5"),
+    Claim(
+        "three questions are as good as two", "questions-3", "questions-2", "48.5 against 48.5", alike=True
+    ),
     Claim("filtered questions beat unfiltered", "caprl", "unfiltered", "48.5 against 47.4"),
     Claim("captions help", "pretrain-caprl", "pretrain-none", "59.7 against 55.5"),
     Claim("RL's captions beat sparse ones", "pretrain-caprl", "pretrain-sparse", "59.7 against 56.7, 57.1"),
@@ -282,7 +285,10 @@ def _claim(claim: Claim, values: Results, measure: str) -> str:
     sign = -1.0 if measure == "loss" else 1.0
     pairs = zip(values[claim.better], values[claim.worse], strict=True)
     mean, low, high = interval([sign * (better - worse) for better, worse in pairs])
-    verdict = "yes" if low > 0 else "no" if high < 0 else "open"
+    if claim.alike:
+        verdict = "no difference seen" if low <= 0 <= high else "no"
+    else:
+        verdict = "yes" if low > 0 else "no" if high < 0 else "open"
     scale, unit = (1.0, "nats") if measure == "loss" else (100.0, "points")
     text = f"{scale * mean:+.2f} {unit} [{scale * low:+.2f}, {scale * high:+.2f}]"
     return f"| {claim.what} | {claim.paper} | {text} | {verdict} |"
