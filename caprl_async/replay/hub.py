@@ -7,6 +7,7 @@ prompts, captions, verdicts and batches come and go over the socket alone.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Coroutine, Sequence
@@ -36,6 +37,7 @@ from caprl_async.replay.transport import HubAddress, HubKeys, HubSocket, encode
 from caprl_async.types import BatchReply, BatchRequest, PeerMessage, Role, Version
 
 _TICK_S = 0.02  # commits, acknowledgements, time-outs
+_PREPARED_AT_ONCE = 4  # rows: the frames of a video take a second or more
 _PROBE = "probe"
 _SHOWN = 1000  # characters of an error, which may come from a peer
 
@@ -65,6 +67,7 @@ class ReplayQueue:
         self._train = load_rows(config.data.train, self._abstain) if config.data.train else Dataset(Path())
         check_videos(self._train, config)
         self._rejects = self._run_dir / REJECTS
+        self._rejecting = threading.Lock()
         self._train.write_rejects(self._rejects)
         self._sampler = PromptSampler(self._train, config.seed, config.data.shuffle)
         self._images = ImageStore(image_folder(config, self._run_dir))
@@ -235,21 +238,24 @@ class ReplayQueue:
         return set(panel(self._config.judge)).union(*(run.waiting_judges() for run in self._examiner.awaited))
 
     async def _prepare(self) -> None:
-        """Puts the images of the next prompts into the store, ahead of their admission."""
+        """Puts the images of the next prompts into the store, some at a time, ahead of their admission."""
         while True:
             if not self._flow.wants_prepared:
                 await asyncio.sleep(_TICK_S)
                 continue
-            index = self._flow.next_wanted
-            prepared = await asyncio.to_thread(self._put, self._train, index, self._sampler.row_at(index))
-            self._flow.offer(prepared)
+            first = self._flow.next_wanted
+            rows = [(index, self._sampler.row_at(index)) for index in range(first, first + _PREPARED_AT_ONCE)]
+            puts = (asyncio.to_thread(self._put, self._train, index, row) for index, row in rows)
+            for prepared in await asyncio.gather(*puts):
+                self._flow.offer(prepared)
             await self._pump()
 
     def _put(self, data: Dataset, index: int, row: Row) -> Prepared:
         try:
             return Prepared(index, row, keep_row(self._images, row, FrameLimits.of(self._config)))
         except BadImage as error:
-            append_rejects(self._rejects, data.path, [Reject(row.row_id, None, "bad_image", str(error))])
+            with self._rejecting:
+                append_rejects(self._rejects, data.path, [Reject(row.row_id, None, "bad_image", str(error))])
             return Prepared(index, row, None, str(error))
 
     async def _pump(self) -> None:
