@@ -84,6 +84,10 @@ def test_intervals_are_students(tool: Any) -> None:
     assert tool.interval([0.1]) == (0.1, -math.inf, math.inf)
 
 
+def by_seed(values: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    return {name: {str(seed): value for seed, value in enumerate(found)} for name, found in values.items()}
+
+
 def test_the_table_says_who_agrees(tool: Any) -> None:
     values = {
         "start": [0.48, 0.49, 0.47],
@@ -92,16 +96,16 @@ def test_the_table_says_who_agrees(tool: Any) -> None:
         "pretrain-caprl": [0.5, 0.51, 0.52],
         "pretrain-none": [0.4, 0.41, 0.42],
     }
-    text = tool.table(tool.ARMS, values)
+    text = tool.table(tool.ARMS, by_seed(values))
     (beats,) = [line for line in text.splitlines() if "RL beats its start" in line]
     assert "48.3 against 39.9" in beats
     assert beats.endswith("| yes |")
     assert "| `caprl` | RL, the judge's probabilities | 81.0 % | 80.0 %, 82.0 %, 81.0 % |" in text
     values |= {"questions-2": [0.80, 0.82, 0.81], "questions-3": [0.81, 0.81, 0.82]}
-    (alike,) = [x for x in tool.table(tool.ARMS, values).splitlines() if "as good as two" in x]
+    (alike,) = [x for x in tool.table(tool.ARMS, by_seed(values)).splitlines() if "as good as two" in x]
     assert alike.endswith("| no difference seen |")
     values["questions-3"] = [0.90, 0.92, 0.91]
-    (alike,) = [x for x in tool.table(tool.ARMS, values).splitlines() if "as good as two" in x]
+    (alike,) = [x for x in tool.table(tool.ARMS, by_seed(values)).splitlines() if "as good as two" in x]
     assert alike.endswith("| no |")
     (filtered,) = [line for line in text.splitlines() if "filtered questions" in line]
     assert filtered.endswith("| open |")
@@ -130,4 +134,6 @@ def test_results_of_elsewhere_are_taken(tool: Any, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(tool, "_program", lambda *arguments: pytest.fail("it ran"))
     assert tool.main(["--seeds", "0", "1", "--only", "caprl", "--out", str(out)]) == 0
     assert "| 85.0 % | 80.0 %, 90.0 % |" in (out / "table.md").read_text()
-    assert tool.whole_seeds({"a": {"0": 1.0, "1": 2.0}, "b": {"0": 1.0}}, [0, 1]) == {"a": [1.0, 2.0]}
+    table = tool.table(tool.ARMS, {"start": {"0": 0.4, "1": 0.5}, "caprl": {"1": 0.9, "2": 0.8}})
+    (beats,) = [line for line in table.splitlines() if "RL beats its start" in line]
+    assert "| +40.0 points | 1 | open |" in beats, "of the one seed that both have"

@@ -126,7 +126,7 @@ CLAIMS = (
     Claim("RL's captions beat sparse ones", "pretrain-caprl", "pretrain-sparse", "59.7 against 56.7, 57.1"),
     Claim("RL's captions beat its start's", "pretrain-caprl", "pretrain-sft", "not published as such"),
 )
-Results = Mapping[str, Sequence[float]]  # by arm: one value per seed
+Results = Mapping[str, Mapping[str, float]]  # by arm: a value for each seed that it was run with
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -155,19 +155,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name, value in run_arm(arm, seed, args.folder, data, args.overrides).items():
                 values.setdefault(name, {})[str(seed)] = value
             write_json(results, values)
-    written = table(arms, whole_seeds(values, args.seeds))
+    written = table(arms, values)
     (args.out / "table.md").write_text(written)
     print(written)
     return 0
-
-
-def whole_seeds(values: Mapping[str, Mapping[str, float]], seeds: Sequence[int]) -> Results:
-    """The values of the arms that have one for every seed, in the seeds' order."""
-    return {
-        name: [found[str(seed)] for seed in seeds]
-        for name, found in values.items()
-        if all(str(seed) in found for seed in seeds)
-    }
 
 
 def make_data(folder: Path) -> None:
@@ -264,34 +255,38 @@ def _program(*arguments: str) -> None:
 
 
 def table(arms: Sequence[Arm], values: Results) -> str:
-    """Markdown: the arms, then the claims of which both sides were run."""
+    """Markdown: the arms, then the claims of which both sides were run, over the seeds that both have."""
     measures = {arm.name: arm.measure for arm in ARMS}
-    lines = ["| run | | mean | seeds |", "|---|---|---|---|"]
+    lines = ["| run | | mean | by seed |", "|---|---|---|---|"]
     shown = [("start", "the supervised start"), *((arm.name, arm.what) for arm in arms)]
     for name, what in shown:
         if name in values:
-            found = values[name]
+            found = [value for _, value in sorted(values[name].items())]
             mean = sum(found) / len(found)
             each = ", ".join(_number(value, measures.get(name, "accuracy")) for value in found)
             lines.append(f"| `{name}` | {what} | {_number(mean, measures.get(name, 'accuracy'))} | {each} |")
-    lines += ["", "| claim | the paper | here: difference and 95 % interval | agrees |", "|---|---|---|---|"]
+    head = "| claim | the paper | here: difference and 95 % interval | seeds | agrees |"
+    lines += ["", head, "|---|---|---|---|---|"]
     for claim in CLAIMS:
-        if claim.better in values and claim.worse in values:
-            lines.append(_claim(claim, values, measures.get(claim.better, "accuracy")))
+        both = sorted(values.get(claim.better, {}).keys() & values.get(claim.worse, {}).keys())
+        if both:
+            pairs = [(values[claim.better][seed], values[claim.worse][seed]) for seed in both]
+            lines.append(_claim(claim, pairs, measures.get(claim.better, "accuracy")))
     return "\n".join(lines) + "\n"
 
 
-def _claim(claim: Claim, values: Results, measure: str) -> str:
+def _claim(claim: Claim, pairs: Sequence[tuple[float, float]], measure: str) -> str:
     sign = -1.0 if measure == "loss" else 1.0
-    pairs = zip(values[claim.better], values[claim.worse], strict=True)
     mean, low, high = interval([sign * (better - worse) for better, worse in pairs])
     if claim.alike:
         verdict = "no difference seen" if low <= 0 <= high else "no"
     else:
         verdict = "yes" if low > 0 else "no" if high < 0 else "open"
-    scale, unit = (1.0, "nats") if measure == "loss" else (100.0, "points")
-    text = f"{scale * mean:+.2f} {unit} [{scale * low:+.2f}, {scale * high:+.2f}]"
-    return f"| {claim.what} | {claim.paper} | {text} | {verdict} |"
+    scale, unit, digits = (1.0, "nats", 2) if measure == "loss" else (100.0, "points", 1)
+    text = f"{scale * mean:+.{digits}f} {unit}"
+    if len(pairs) > 1:
+        text += f" [{scale * low:+.{digits}f}, {scale * high:+.{digits}f}]"
+    return f"| {claim.what} | {claim.paper} | {text} | {len(pairs)} | {verdict} |"
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float, float]:
