@@ -20,15 +20,7 @@ from PIL import Image
 from caprl_async.tiny import grammar
 from caprl_async.tiny.draw import SIZE, paint
 from caprl_async.tiny.grammar import SLOTS, Entity
-from caprl_async.tiny.world import (
-    POLICY_PROMPT,
-    World,
-    listed_choices,
-    pick_asks,
-    question_row,
-    sample_world,
-    write_parquet,
-)
+from caprl_async.tiny.world import World, asked_about, sample_world, write_parquet
 
 FPS = 4
 SECONDS = len(SLOTS)
@@ -66,26 +58,17 @@ def encoded(world: World) -> bytes:
     return buffer.getvalue()
 
 
+def _column(world: World, name: str) -> dict[str, Any]:
+    return {"bytes": encoded(world), "path": f"{name}.mp4"}
+
+
 def rows(count: int, seed: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Rows of a split, each in the judge's and in the held-out judge's wording."""
     rng = random.Random(seed)
     for index in range(count):
         world = sample_world(rng, "bars")
-        asked = [(ask, listed_choices(ask, rng)) for ask in pick_asks(world, rng)]
         name = f"{seed}-{index:05d}"
-        base = {
-            "id": name,
-            "video": {"bytes": encoded(world), "path": f"{name}.mp4"},
-            "prompt": [{"role": "user", "content": f"<video> {POLICY_PROMPT}"}],
-            "data_source": "video_caption_rl",
-            "reference_caption": grammar.dense_caption(world.entities),
-            "facts": world.facts_json(),
-        }
-        first, second = (
-            {**base, "reward_model": {"ground_truth": [question_row(a, c, phrasing) for a, c in asked]}}
-            for phrasing in (grammar.JUDGE, grammar.HELDOUT)
-        )
-        yield first, second
+        yield asked_about(world, name, {"video": _column(world, name)}, rng)
 
 
 def captioned(count: int, seed: str) -> Iterator[dict[str, Any]]:
@@ -94,8 +77,11 @@ def captioned(count: int, seed: str) -> Iterator[dict[str, Any]]:
     for index in range(count):
         world = sample_world(rng, "bars")
         name = f"{seed}-{index:05d}"
-        video = {"bytes": encoded(world), "path": f"{name}.mp4"}
-        yield {"id": name, "video": video, "caption": grammar.sparse_caption(world.entities, rng)}
+        yield {
+            "id": name,
+            "video": _column(world, name),
+            "caption": grammar.sparse_caption(world.entities, rng),
+        }
 
 
 def write_videos(out: Path, seed: int, train: int = 1000, heldout: int = 100, sparse: int = 2000) -> None:

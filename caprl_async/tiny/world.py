@@ -140,7 +140,7 @@ def question_row(ask: Ask, choices: Sequence[str], phrasing: str) -> dict[str, A
     }
 
 
-def listed_choices(ask: Ask, rng: random.Random) -> list[str]:
+def _choices(ask: Ask, rng: random.Random) -> list[str]:
     """Listed choices: the abstain word stands among them only where it is the right answer."""
     chosen = options(ask, rng)
     if ask.answer == UNKNOWN:
@@ -160,21 +160,30 @@ def rows(count: int, seed: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]
     rng = random.Random(seed)
     for index in range(count):
         world = sample_world(rng, DOMAINS[index % len(DOMAINS)])
-        asked = [(ask, listed_choices(ask, rng)) for ask in pick_asks(world, rng)]
         name = f"{seed}-{index:05d}"
-        base = {
-            "id": name,
-            "image": {"bytes": image_bytes(world), "path": f"{name}.png"},
-            "prompt": [{"role": "user", "content": f"<image> {POLICY_PROMPT}"}],
-            "data_source": "image_caption_rl",
-            "reference_caption": grammar.dense_caption(world.entities),
-            "facts": world.facts_json(),
-        }
-        first, second = (
-            {**base, "reward_model": {"ground_truth": [question_row(a, c, phrasing) for a, c in asked]}}
-            for phrasing in (grammar.JUDGE, grammar.HELDOUT)
-        )
-        yield first, second
+        shown = {"image": {"bytes": image_bytes(world), "path": f"{name}.png"}}
+        yield asked_about(world, name, shown, rng)
+
+
+def asked_about(
+    world: World, name: str, shown: dict[str, Any], rng: random.Random
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A row that shows `image` or `video`, in the judge's and in the held-out judge's wording."""
+    asked = [(ask, _choices(ask, rng)) for ask in pick_asks(world, rng)]
+    (kind,) = shown
+    base = {
+        "id": name,
+        **shown,
+        "prompt": [{"role": "user", "content": f"<{kind}> {POLICY_PROMPT}"}],
+        "data_source": f"{kind}_caption_rl",
+        "reference_caption": grammar.dense_caption(world.entities),
+        "facts": world.facts_json(),
+    }
+    first, second = (
+        {**base, "reward_model": {"ground_truth": [question_row(a, c, phrasing) for a, c in asked]}}
+        for phrasing in (grammar.JUDGE, grammar.HELDOUT)
+    )
+    return first, second
 
 
 def write_parquet(table_rows: list[dict[str, Any]], path: Path) -> None:
