@@ -222,7 +222,7 @@ def at_home(batch: TrainBatch, images: Path) -> TrainBatch:
 
 
 def _at_home(image: ImageRef, images: Path) -> ImageRef:
-    first = image.frames[0].sha256 if image.frames else image.sha256
+    first = image.pictures[0].sha256
     if not stored_path(images, first).is_file():
         return image
     frames = tuple(replace(one, path=str(stored_path(images, one.sha256))) for one in image.frames)
