@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from msgspec.structs import replace
+
 from caprl_async.config import Config, JudgeConfig, JudgeMode, WriterConfig
 from caprl_async.engine.types import EngineDied, EngineStats
 from caprl_async.judge.cache import VerdictCache
@@ -124,15 +126,7 @@ class Rater:
 
 
 def _on_all(verdict: Verdict, questions: Sequence[Question]) -> tuple[Verdict, ...]:
-    return tuple(
-        Verdict(
-            question_id=question.question_id,
-            outcome=verdict.outcome,
-            score=verdict.score,
-            reason=verdict.reason,
-        )
-        for question in questions
-    )
+    return tuple(replace(verdict, question_id=question.question_id) for question in questions)
 
 
 def _verdict(answer: Written, weights: Mapping[str, float]) -> Verdict:

@@ -104,7 +104,7 @@ def wrong_group(prompt: Prompt, group: CaptionGroup) -> str | None:
     if not group.prompt_token_ids or not _are_tokens(group.prompt_token_ids):
         return "what the engine saw as the prompt are no tokens"
     sides = [side for grid in group.image_grid for side in grid]
-    if len(group.image_grid) != max(1, len(prompt.image.frames)) or not all(0 < s < _MAX_ID for s in sides):
+    if len(group.image_grid) != len(prompt.image.pictures) or not all(0 < s < _MAX_ID for s in sides):
         return f"an image grid of {group.image_grid[:2]} patches"
     if not (math.isfinite(group.started) and math.isfinite(group.finished)):
         return f"captioned from {group.started} to {group.finished}"
