@@ -32,6 +32,8 @@ def data(tool: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made_from.write_answers(TRAIN, made / "asked.parquet", 2)
     for name in ("init", "larger"):
         (made / name).symlink_to(TRAIN.parent.parent / "models" / "policy")
+    (made / "rater" / "run").mkdir(parents=True)
+    (made / "rater" / "run" / "model").symlink_to(TRAIN.parent.parent / "models" / "policy")
     for name in ("by-start", "by-caprl-0"):
         (made / name).mkdir()
     return made

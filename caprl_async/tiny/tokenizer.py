@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,18 +51,19 @@ CHAT_TEMPLATE = (
 )
 
 
-def vocabulary() -> dict[str, int]:
-    """Every token and its id, special tokens first."""
+def vocabulary(more: Sequence[str] = ()) -> dict[str, int]:
+    """Every token and its id, special tokens first, `more` last."""
     words = [*SPECIAL_TOKENS, UNSEEN, *_PUNCTUATION, *_LETTERS, *_PROMPT_TEXT.split(), *grammar.all_words()]
+    words += more
     return {word: index for index, word in enumerate(dict.fromkeys(words))}
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """The tokenizer: words split at white space, punctuation and line breaks their own tokens."""
     from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    core = Tokenizer(models.WordLevel(vocabulary(), unk_token=UNSEEN))
+    core = Tokenizer(models.WordLevel(vocabulary(more), unk_token=UNSEEN))
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"[\n.:,?()]"), "isolated"),
@@ -87,8 +89,9 @@ def save_tokenizer(folder: Path) -> None:
     build_tokenizer().save_pretrained(folder)
 
 
-def save_processor(folder: Path) -> None:
-    """Writes the tokenizer and the image processor; 112 px stay 112 px: 64 patches, 16 visual tokens."""
+def save_processor(folder: Path, more: Sequence[str] = ()) -> None:
+    """Writes the tokenizer, with `more` words, and the image processor; 112 px stay 112 px: 64 patches, 16
+    visual tokens."""
     from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
     side = 112
@@ -101,7 +104,7 @@ def save_processor(folder: Path) -> None:
     }
     processor = Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(**shared),
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer(more),
         video_processor=Qwen2VLVideoProcessor(**shared),
         chat_template=CHAT_TEMPLATE,
     )
