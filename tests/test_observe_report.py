@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from caprl_async import conf
@@ -186,6 +187,22 @@ def test_header_and_result(run_dir: Path) -> None:
     for row in table.TITLES.values():
         assert row in page.sections["result"]
     assert "37.2 %" in page.sections["result"]
+
+
+def test_of_supervised_training_the_page_shows_what_it_has(run_dir: Path) -> None:
+    kept = yaml.safe_load((run_dir / "conf.yaml").read_text())
+    (run_dir / "conf.yaml").write_text(
+        yaml.safe_dump(
+            kept | {"job": "sft", "sft": {"data": "/data/captions.parquet"}, "data": {"heldout": ""}}
+        )
+    )
+    text = write_report(run_dir).read_text(encoding="utf-8")
+    page = Page(text)
+    assert "/data/captions.parquet" in page.sections["run"]
+    assert "judge" not in page.sections["run"]
+    assert "reinforcement" not in text.partition('id="conf"')[0]
+    assert not {"schedule", "hacking", "samples"} & page.sections.keys()
+    assert {"result", "curves", "gallery"} <= page.sections.keys()
 
 
 def test_every_chart_is_drawn_in_colours_of_the_theme(run_dir: Path) -> None:

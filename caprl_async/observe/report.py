@@ -61,6 +61,7 @@ def render(folder: Path, *, going_on: bool = False) -> str:
     bands = _at(conf, "observe", "bands", {})
     return template(_TEMPLATE).render(
         name=folder.resolve().name,
+        supervised=_supervised(conf),
         facts=_facts(folder, conf, result, rows),
         finished=bool(result),
         going_on=going_on,
@@ -115,10 +116,12 @@ def _facts(
 ) -> list[tuple[str, str]]:
     """(label, value) lines of the header."""
     done = int(rows[-1]["step"]) if rows else 0
+    data = ("sft", "data") if _supervised(conf) else ("data", "train")
+    judged = not _supervised(conf) or bool(_at(conf, "data", "heldout", ""))
     facts = [
         ("captioner", str(_at(conf, "policy", "model", "not recorded"))),
-        ("judge", _judge_name(conf)),
-        ("training data", str(_at(conf, "data", "train", "not recorded"))),
+        *([("judge", _judge_name(conf))] if judged else []),
+        ("training data", str(_at(conf, *data, "not recorded"))),
         ("steps", f"{done} of {conf.get('steps', '?')}"),
         ("seed", str(conf.get("seed", "?"))),
     ]
@@ -135,6 +138,10 @@ def _facts(
         ("run folder", str(folder.resolve())),
         ("report made", _clock(time.time())),
     ]
+
+
+def _supervised(conf: Mapping[str, Any]) -> bool:
+    return conf.get("job") == "sft"
 
 
 def _judge_name(conf: Mapping[str, Any]) -> str:
