@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,23 @@ def test_each_part_is_where_it_comes_from(
         elif is_weight:
             assert not torch.equal(weight, theirs[name])
     assert AutoProcessor.from_pretrained(out) is not None
+
+
+def test_words_that_are_numbered_otherwise_are_told(
+    tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "language"
+    shutil.copytree(MODELS / "judge", other)
+    written = json.loads((other / "tokenizer.json").read_text())
+    words = written["model"]["vocab"]
+    words["red"], words["blue"] = words["blue"], words["red"]
+    (other / "tokenizer.json").write_text(json.dumps(written))
+    arguments = ["--language", str(other), "--tower", str(MODELS / "policy"), "--out", str(tmp_path / "out")]
+    assert tool.main(arguments) == 2
+    told = capsys.readouterr().err
+    assert "2 words have another id" in told
+    assert "'red'" in told or "'blue'" in told
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_does_not_fit_is_told(tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

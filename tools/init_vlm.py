@@ -32,7 +32,7 @@ def combine(language: Path, tower: Path, seed: int) -> Any:
     """The model, on the CPU, in float32.
 
     Raises:
-        DoNotFit: another family, other head sizes, or a vocabulary that the tower's tokenizer goes beyond.
+        DoNotFit: another family, other head sizes, or words that the two number differently.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -45,6 +45,7 @@ def combine(language: Path, tower: Path, seed: int) -> Any:
     head = words.hidden_size // words.num_attention_heads
     if 2 * sum(sections) != head:
         raise DoNotFit(f"heads of {head} in {language}; mrope_section {sections} of {tower} is for others")
+    _check_words(language, tower)
     for name in _OF_LANGUAGE:
         setattr(text, name, getattr(words, name))
     text.rope_parameters = {**text.rope_parameters, "rope_theta": words.rope_parameters["rope_theta"]}
@@ -61,6 +62,23 @@ def combine(language: Path, tower: Path, seed: int) -> Any:
     tower_weights = {n: p for n, p in sees.model.visual.state_dict().items() if not n.startswith("merger.")}
     _copy(model.model.visual, tower_weights, missing="merger.")
     return model
+
+
+def _check_words(language: Path, tower: Path) -> None:
+    """
+    Raises:
+        DoNotFit: a word of both has two ids; the language model's rows would stand for other words.
+    """
+    from transformers import AutoTokenizer
+
+    ours, theirs = (AutoTokenizer.from_pretrained(path).get_vocab() for path in (language, tower))
+    moved = [word for word, index in ours.items() if theirs.get(word, index) != index]
+    if moved:
+        word = moved[0]
+        raise DoNotFit(
+            f"{len(moved)} words have another id in {tower} than in {language}, the first of them {word!r}: "
+            f"{theirs[word]} and {ours[word]}; take two models of one vocabulary"
+        )
 
 
 def _copy(module: torch.nn.Module, weights: dict[str, torch.Tensor], missing: str = " ") -> None:
