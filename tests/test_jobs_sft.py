@@ -14,7 +14,7 @@ import psutil
 import pytest
 from tool_kit import load_tool
 
-from caprl_async import tiny
+from caprl_async import conf, tiny
 from caprl_async.config import Config
 from caprl_async.jobs.pretrain import stage_config
 from caprl_async.observe.metrics import read_metrics
@@ -120,6 +120,26 @@ def test_pretraining_goes_through_its_stages_and_passes_over_what_is_done(tmp_pa
     assert "DeepSpeed" not in again.stderr
 
 
+def test_a_stage_of_another_conf_is_neither_gone_on_with_nor_passed_over(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = f"pretrain.align.data={TINY / 'data' / 'train.parquet'}"
+    arguments = ["conf=conf/sft_demo.yaml", *UNMEASURED, "job=pretrain", data, f"run_dir={tmp_path}"]
+    config = conf.load([*arguments, "pretrain.align.steps=3"])
+    folder = tmp_path / "1-align"
+    folder.mkdir()
+    own = stage_config(config, config.pretrain.align, folder, config.policy.model)
+    (folder / "conf.yaml").write_text(conf.to_yaml(own))
+    (folder / "result.json").write_text("{}")
+    assert main([*arguments, "pretrain.align.steps=4"]) == 2
+    assert f"{folder / 'conf.yaml'} is another conf's" in capfd.readouterr().err
+    assert not (tmp_path / "model").is_symlink()
+    (folder / "model").mkdir()
+    assert main([*arguments, "pretrain.align.steps=3"]) == 0
+    assert "done already" in capfd.readouterr().err
+    assert (tmp_path / "model").resolve() == folder / "model"
+
+
 def test_a_stage_is_the_conf_with_its_own_keys() -> None:
     config = Config()
     config.pretrain.align.data, config.pretrain.align.steps = "x.parquet", 7
@@ -142,7 +162,7 @@ def test_a_stage_is_the_conf_with_its_own_keys() -> None:
 def test_what_cannot_run_is_told_before_anything_starts(
     arguments: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    conf = ["conf=conf/sft_demo.yaml", *UNMEASURED, f"run_dir={tmp_path / 'run'}"]
-    assert main([*conf, *arguments]) == 2
+    command = ["conf=conf/sft_demo.yaml", *UNMEASURED, f"run_dir={tmp_path / 'run'}"]
+    assert main([*command, *arguments]) == 2
     assert named in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
