@@ -25,6 +25,7 @@ ALONE: dict[str, dict[str, Any]] = {
     "plain": {},
     "kl in the reward": {"kl": KLConfig(coef=0.05, place=KLPlace.reward)},
     "frozen vision": {"freeze_vision": True},
+    "projector alone": {"train_only": ["visual.merger"]},
     "lora": {"lora": LORA, "kl": KLConfig(coef=0.05)},
     "bf16": {"dtype": "bfloat16"},
 }
@@ -40,6 +41,7 @@ CASES: dict[tuple[str, str], dict[str, Any]] = {
     ("kl in the reward", "zero1"): {"zero_stage": 1, **SMALL},
     ("frozen vision", "zero2"): {"zero_stage": 2, **SMALL},
     ("frozen vision", "zero3-checkpointing"): {"zero_stage": 3, **CHECKPOINTING},
+    ("projector alone", "zero3-checkpointing"): {"zero_stage": 3, **CHECKPOINTING},
     ("lora", "zero0-checkpointing"): CHECKPOINTING,
     ("lora", "zero2-offload"): {"zero_stage": 2, **OFFLOAD},
     ("lora", "zero3-checkpointing"): {"zero_stage": 3, **CHECKPOINTING},
@@ -164,6 +166,13 @@ def test_everything_is_trained(trained: dict[str, Tensors], start: Tensors, case
 def test_a_frozen_vision_tower_stays(trained: dict[str, Tensors], start: Tensors) -> None:
     moved = changed(trained["frozen vision, zero3-checkpointing"], start)
     assert moved == {name for name in start if not name.startswith("model.visual.")}
+
+
+def test_of_a_model_that_is_frozen_around_it_the_projector_is_trained(
+    trained: dict[str, Tensors], start: Tensors
+) -> None:
+    moved = changed(trained["projector alone, zero3-checkpointing"], start)
+    assert moved == {name for name in start if "visual.merger" in name}
 
 
 @pytest.mark.parametrize("case", ["lora", "lora, zero2-offload", "lora, zero3-checkpointing"])
