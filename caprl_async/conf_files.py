@@ -56,12 +56,17 @@ def sft_problems(config: Config) -> Iterator[str]:
             yield "sft.data is empty: job=sft needs images with texts"
         elif path and not Path(path).exists():
             yield f"{key}={path} does not exist"
+    yield from _measuring(config)
+    yield from _resume(config)
+
+
+def _measuring(config: Config) -> Iterator[str]:
+    """Of supervised training, which needs a judge only to be measured by it."""
     if config.data.heldout:
         found = (problem for find in (_files, _models, _program) for problem in find(config))
         yield from (problem for problem in found if not problem.startswith("data.train"))
     elif problem := _model_problem("policy.model", Path(config.policy.model), config):
         yield problem
-    yield from _resume(config)
 
 
 def pretrain_problems(config: Config) -> Iterator[str]:
@@ -77,8 +82,7 @@ def pretrain_problems(config: Config) -> Iterator[str]:
             yield f"pretrain.{name}.train_only with learner.lora.rank: only the adapters would be trained"
         if stage.data and stage.steps < 1:
             yield f"pretrain.{name}.steps={stage.steps}: a stage with data needs steps"
-    if problem := _model_problem("policy.model", Path(config.policy.model), config):
-        yield problem
+    yield from _measuring(config)
 
 
 def plan_problems(config: Config) -> Iterator[str]:

@@ -58,7 +58,10 @@ class DataConfig:
     train: str = key("", "training questions: CapRL-QA parquet, or jsonl in the OpenRLHF or verl form")
     heldout: str = key("", "held-out questions, same forms; empty: no evaluation")
     images: str = key("", "annotate: folder of images, or of .parquet, .tar or .arrow files, or one of these")
-    prompt: str = key("Please describe this image in detail.", "what the captioner is asked")
+    prompt: str = key(
+        "Please describe this image in detail.",
+        "what the captioner is asked; empty: the rows' own. job=sft asks what comes with an example first",
+    )
     image_dir: str = key("", "images by content hash are written here; empty: run_dir/images")
     frames: int = key(0, "most frames that a video is shown as, each with its time; 0: no videos")
     fps: float = key(1.0, "frames of a video per second, as long as data.frames allows")
@@ -306,7 +309,7 @@ class StageConfig:
 
     data: str = key("", "as sft.data; empty: the stage is left out")
     validation: str = key("", "as sft.validation")
-    prompt: str = key("", "as data.prompt: what is asked of every image; empty: the examples' own")
+    prompt: str = key("", "as data.prompt, of images without a prompt of their own; empty: none is without")
     steps: int = key(0, "as steps")
     batch: int = key(256, "as sft.batch")
     lr: float = key(0.0, "as learner.lr")

@@ -39,6 +39,12 @@ def write_json(path: Path, told: Any) -> None:
     write_bytes(path, (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def sync_file(path: Path) -> None:
+    """Returns when what was written to the file is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Makes a rename in the folder survive a loss of power."""
     descriptor = os.open(folder, os.O_RDONLY)

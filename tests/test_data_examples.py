@@ -58,7 +58,11 @@ def test_parquet_with_captions_and_chats(tmp_path: Path) -> None:
          "prompt": [{"role": "user", "content": "<image> what is it ?"}]},
     ]  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
-    first, second = examples(tmp_path)
+    parts = [{"type": "image"}, {"type": "text", "text": "what color ?"}]
+    chat = {"image": "a.png", "prompt": [{"role": "user", "content": parts}], "caption": "red"}
+    (third,) = examples(write_jsonl(tmp_path / "y.jsonl", [chat]))
+    assert third.prompt == "what color ?"
+    first, second = examples(tmp_path / "x.parquet")
     assert (first.row_id, first.texts, first.prompt) == ("a", ("one", "two"), "")
     assert (second.row_id, second.prompt) == ("x:2", "what is it ?")
 
@@ -119,6 +123,7 @@ def test_captions_of_annotated_files_are_examples(tmp_path: Path) -> None:
         ({"image": "a.png", "conversations": [{"from": "human", "value": "x"}]}, "no_text"),
         ({"image": "a.png", "conversations": ["x"]}, "malformed_turn"),
         ({"image": "a.png", "caption": "\ud800"}, "not_unicode"),
+        ({"image": "a.png", "caption": "x", "prompt": {"role": "user"}}, "malformed_prompt"),
         ('{"image": ', "malformed_json"),
         ("[]", "malformed_json"),
     ],
@@ -155,6 +160,8 @@ def test_the_index_holds_what_can_be_used_and_is_made_once(
         {"id": "b", "image": "broken.png", "caption": "red ."},
         {"id": "c", "image": "a.png", "caption": "quixotic zebras"},
         {"id": "d", "image": "gone.png", "caption": "red ."},
+        {"id": "e", "image": "a\0.png", "caption": "red ."},
+        {"id": "f", "image": "\udce9.png", "caption": "red ."},
     ]
     spec = IndexSpec(str(write_jsonl(tmp_path / "x.jsonl", rows)), "describe the image .", 6)
     rejects, path = tmp_path / "rejects.jsonl", tmp_path / "sft" / "train.parquet"
@@ -167,11 +174,17 @@ def test_the_index_holds_what_can_be_used_and_is_made_once(
     expanded = processor.expanded(ready.prompt, ready.grids)
     assert expanded.count(processor.image_token_id) == processor.image_tokens(ready.grids[0]) == 16
     reasons = [json.loads(line)["reason"] for line in rejects.read_text().splitlines()]
-    assert Counter(reasons) == {"bad_image": 2, "not_in_vocabulary": 1}
+    assert Counter(reasons) == {"bad_image": 4, "not_in_vocabulary": 1}
 
     written = path.stat().st_mtime_ns
     make_index(path, spec, processor, tmp_path / "images", rejects)
     assert path.stat().st_mtime_ns == written
+    path.write_bytes(path.read_bytes()[:99])  # a loss of power: it is made again
+    make_index(path, spec, processor, tmp_path / "images", rejects)
+    assert path.stat().st_mtime_ns != written
+    made = path.stat().st_mtime_ns
+    make_index(path, spec, processor, tmp_path / "moved", rejects)  # it names the files that are kept
+    assert path.stat().st_mtime_ns != made
     other = IndexSpec(spec.data, spec.prompt, 40)
     assert len(make_index(path, other, processor, tmp_path / "images", rejects)[0].texts) == 2
 

@@ -120,6 +120,16 @@ def test_sources_give_every_image_once(make: Any, tmp_path: Path, local_ray: Non
     assert not any(row["problem"] for row in rows)
 
 
+@pytest.mark.slow
+def test_a_file_whose_name_is_no_text_costs_itself_alone(tmp_path: Path, local_ray: None) -> None:
+    good, bad = pictures(tmp_path / "made", 2)
+    bad.rename(os.fsdecode(os.fsencode(bad.parent) + b"/caf\xe9.png"))
+    rows = {row["id"]: row for row in open_images(str(good.parent)).rows.take_all()}
+    assert rows[good.name]["problem"] is None
+    assert rows[r"caf\xe9.png"]["problem"] == "its name is not UTF-8: rename the file"
+    assert len(rows) == 2
+
+
 # ---------------------------------------------------------------- the job
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -34,17 +35,20 @@ def _weights(folder: Path) -> str:
     return hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest()
 
 
-def _kill_learner(run: subprocess.Popen[str], when: Path, steps: int) -> None:
+def _wait(run: subprocess.Popen[str], until: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 180
-    while len(read_metrics(when)) < steps:
+    while not until():
         assert time.monotonic() < deadline
         assert run.poll() is None
         time.sleep(0.02)
+
+
+def _kill(run: subprocess.Popen[str], name: str) -> None:
     for process in psutil.Process(run.pid).children(recursive=True):
-        if "learner-0" in " ".join(process.cmdline()):
+        if name in " ".join(process.cmdline()):
             process.send_signal(signal.SIGKILL)
             return
-    raise AssertionError("there is no process of learner-0")
+    raise AssertionError(f"there is no process of {name}")
 
 
 @pytest.mark.slow
@@ -62,7 +66,8 @@ def test_a_killed_rank_and_a_resume_come_to_the_same_weights(tmp_path: Path) -> 
     assert "<svg" in (whole / "report.html").read_text()
 
     with subprocess.Popen([*COMMAND, *SMALL, f"run_dir={broken}"], cwd=ROOT, text=True) as run:
-        _kill_learner(run, broken, 5)
+        _wait(run, lambda: len(read_metrics(broken)) >= 5)
+        _kill(run, "learner-0")
         assert run.wait(300) == 0
     told = (broken / "diary.jsonl").read_text()
     assert "starting the learner again" in told
@@ -83,6 +88,25 @@ def test_two_ranks_are_measured_by_engines_and_judges(tmp_path: Path) -> None:
     assert 0 < result["start"]["judge"] < 1
     assert 0 < result["trained"]["judge"] < 1
     assert "eval_judge" in read_metrics(tmp_path / "run")[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["rollout-0", "learner-0"])
+def test_a_death_while_the_start_is_measured_is_survived(name: str, tmp_path: Path) -> None:
+    off = ["evaluate.heldout_judge.model=", "evaluate.heldout_judge.data=", "evaluate.interval=0"]
+    sizes = ["evaluate.images=200", "steps=1", "sft.batch=4", "sft.validation="]
+    arguments = ["conf=conf/sft_demo.yaml", *off, *sizes, f"run_dir={tmp_path}"]
+    command = [sys.executable, "-m", "caprl_async.run", *arguments]
+    said = tmp_path.with_suffix(".txt")
+    with said.open("w") as err, subprocess.Popen(command, cwd=ROOT, stderr=err, text=True) as run:
+        _wait(run, lambda: "measuring the start" in said.read_text())
+        _kill(run, name)
+        assert run.wait(300) == 0, said.read_text()
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert 0 < result["start"]["judge"] < 1
+    assert len((tmp_path / "evals" / "start.jsonl").read_text().splitlines()) == 200
+    assert f"{name} died" in said.read_text()
 
 
 @pytest.mark.slow
@@ -157,6 +181,7 @@ def test_a_stage_is_the_conf_with_its_own_keys() -> None:
         (["job=sft", "sft.data=/nowhere.parquet"], "sft.data=/nowhere.parquet does not exist"),
         (["job=pretrain"], "no stage has data"),
         (["job=pretrain", "pretrain.tune.data=/nowhere"], "pretrain.tune.data=/nowhere does not exist"),
+        (["job=pretrain", "data.heldout=/nowhere.parquet"], "data.heldout=/nowhere.parquet"),
     ],
 )
 def test_what_cannot_run_is_told_before_anything_starts(

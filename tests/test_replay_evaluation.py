@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from replay_kit import StubJudge, StubRollout, connected, make_config, run, running, shuffled, write_data
 
+from caprl_async.choices import JudgeMode
+from caprl_async.observe.table import Row
 from caprl_async.replay.eval_spec import EvalError, EvalSpec
 from caprl_async.types import Version
 
@@ -96,5 +99,43 @@ def test_an_evaluation_of_given_weights_waits_for_them(tmp_path: Path) -> None:
             assert not asked.done()
             rollout.version = Version(-1, 0)
             assert (await asked)["images"] == 2
+
+    run(whole())
+
+
+def test_an_evaluation_that_is_asked_for_again_takes_the_place_of_the_first(tmp_path: Path) -> None:
+    """As after the death of a learner, whose weights the first would wait for without end."""
+
+    async def whole() -> None:
+        rollout = StubRollout()
+        async with (
+            running(make_config(tmp_path), tmp_path) as (queue, address),
+            connected(address, rollout, StubJudge()),
+        ):
+            first = asyncio.create_task(queue.evaluate(EvalSpec(name="now", version=Version(0, 7), images=2)))
+            await asyncio.sleep(0.3)
+            assert not first.done()
+            again = asyncio.create_task(queue.evaluate(EvalSpec(name="now", version=Version(1, 3), images=2)))
+            with pytest.raises(EvalError, match="asked for again"):
+                await first
+            rollout.version = Version(1, 3)
+            assert (await again)["images"] == 2
+            assert (await queue.status())["evaluations"] == {}
+
+    run(whole())
+
+
+def test_a_rating_is_no_accuracy(tmp_path: Path) -> None:
+    async def whole() -> None:
+        config = make_config(tmp_path)
+        config.judge.mode = JudgeMode.rate
+        async with (
+            running(config, tmp_path) as (queue, address),
+            connected(address, StubRollout(), StubJudge()),
+        ):
+            result = await queue.evaluate(EvalSpec(name="start", images=2))
+            assert math.isnan(result["judges"]["judge"]["accuracy"])
+            assert 0 <= result["judges"]["judge"]["score"] <= 1
+            assert Row.of(result).judge is None
 
     run(whole())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import tarfile
 from collections.abc import Iterator
@@ -16,9 +17,12 @@ from benchmark_kit import png
 from endpoint_kit import FakeServer, Tokens, says, serving
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from caprl_async.choices import Form
 from caprl_async.config import EndpointConfig, WriterConfig
+from caprl_async.data.examples import Example, read_examples
+from caprl_async.data.images import FORMATS, media_type
 from caprl_async.data.rows import DataError
 from caprl_async.stream import shards as shards_module
 from caprl_async.stream.captioning import Captioned
@@ -59,13 +63,13 @@ def test_outputs_hold_each_row_once_over_starts(form: Form, tmp_path: Path) -> N
     shards = opened(form, tmp_path)
     for name in ("a", "b", "c"):
         shards.add(row(name, **data))
-    assert list(dict.fromkeys(shards.ids())) == ["a", "b"]  # the third waits for its shard to fill
+    assert list(shards.ids()) == ["a", "b"]  # the third waits for its shard to fill
     (tmp_path / ".part-captions-000001.x").write_bytes(b"half")  # and a start that died left this
     again = opened(form, tmp_path)
-    assert list(dict.fromkeys(again.ids())) == ["a", "b"]
+    assert list(again.ids()) == ["a", "b"]
     again.add(row("c", **data))
     again.flush()
-    assert list(dict.fromkeys(again.ids())) == ["a", "b", "c"]
+    assert list(again.ids()) == ["a", "b", "c"]
     assert len(again.files()) == 2
     assert not list(tmp_path.glob(".part-*"))
 
@@ -109,6 +113,20 @@ def test_webdataset_holds_the_images(tmp_path: Path) -> None:
     assert members[f"{key}.png"] == png()
     assert members[f"{key}.txt"] == b"a red dot"
     assert json.loads(members[f"{key}.json"])["about"] == ABOUT
+
+
+@pytest.mark.parametrize("form", ["JPEG", "MPO", "PPM", "TIFF", "JPEG2000", "WEBP"])
+def test_what_is_written_with_its_image_can_be_trained_on(form: str, tmp_path: Path) -> None:
+    more = {"save_all": True, "append_images": [Image.new("RGB", (28, 28))]} if form == "MPO" else {}
+    encoded = io.BytesIO()
+    Image.new("RGB", (28, 28), "red").save(encoded, form, **more)
+    assert media_type(encoded.getvalue()) in ("image/jpeg", *map(Image.MIME.get, FORMATS))
+    shards = opened(Form.webdataset, tmp_path)
+    shards.add(row("a", data=encoded.getvalue()))
+    shards.flush()
+    (example,) = read_examples(tmp_path)
+    assert isinstance(example, Example)
+    assert (example.image, example.texts) == (encoded.getvalue(), ("a red dot", "a dot"))
 
 
 def test_what_was_made_otherwise_is_not_mixed(tmp_path: Path) -> None:

@@ -94,7 +94,12 @@ def _prompt(row: Mapping[str, Any]) -> str:
     if isinstance(value, list):  # as chats are written, and CapRL's question sets
         turns = [turn for turn in value if isinstance(turn, Mapping) and turn.get("role") == "user"]
         value = turns[0].get("content") if turns else ""
-    return value if isinstance(value, str) else ""
+    if isinstance(value, list):
+        parts = [part for part in value if isinstance(part, Mapping) and part.get("type") == "text"]
+        value = "".join(str(part.get("text", "")) for part in parts)
+    if not isinstance(value, str):
+        raise BadRow("malformed_prompt", repr(value)[:100])
+    return value
 
 
 def _texts(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -22,6 +22,9 @@ from caprl_async.types import ImageRef
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM")
 """What is read. Of PIL's other formats one runs a program (EPS), and some change their size as they load."""
 
+_EXTENSIONS = {"JPEG": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2"} | {
+    name: f".{name.lower()}" for name in ("PNG", "WEBP", "GIF", "BMP", "AVIF", "PPM")
+}
 MAX_BYTES = 1 << 29
 MAX_PIXELS = 89_478_485
 """A quarter GiB as RGB: a file of a few bytes may claim any number of pixels."""
@@ -102,9 +105,28 @@ def media_type(data: bytes) -> str:
     Raises:
         BadImage: it is none that is read.
     """
+    return Image.MIME[_format(data)]
+
+
+def extension(data: bytes) -> str:
+    """What the name of an encoded image's file ends in, as .png.
+
+    Raises:
+        BadImage: it is none that is read.
+    """
+    return _EXTENSIONS[_format(data)]
+
+
+def _format(data: bytes) -> str:
+    """One of FORMATS.
+
+    Raises:
+        BadImage: it is none that is read.
+    """
     try:
         with open_checked(io.BytesIO(data)) as image:
-            return Image.MIME[image.format or ""]
+            # PIL's name of a JPEG with a second picture behind it, as phones write.
+            return "JPEG" if image.format == "MPO" else str(image.format)
     except BadImage:
         raise
     except Exception as error:  # of any kind, as PIL's are at a broken header
@@ -140,12 +162,25 @@ def _known() -> tuple[str, ...]:
 
 
 def _read(path: Path) -> bytes:
+    if (size := stat_of(path).st_size) > MAX_BYTES:
+        raise BadImage(f"{path}: {size} bytes; at most {MAX_BYTES} are read")
     try:
-        if (size := path.stat().st_size) > MAX_BYTES:
-            raise BadImage(f"{path}: {size} bytes; at most {MAX_BYTES} are read")
         return path.read_bytes()
     except OSError as error:
         raise BadImage(f"{path}: {error.strerror or error}") from error
+
+
+def stat_of(path: Path) -> os.stat_result:
+    """
+    Raises:
+        BadImage: there is no such file, or none can have that name.
+    """
+    try:
+        return path.stat()
+    except OSError as error:
+        raise BadImage(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:  # a zero byte, half a UTF-16 pair
+        raise BadImage(f"{str(path)!r}: {error}") from error
 
 
 def write_whole(target: Path, data: bytes) -> None:

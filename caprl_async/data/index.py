@@ -28,6 +28,7 @@ from caprl_async.data.processor import (
 )
 from caprl_async.data.rows import DataError, Reject, append_rejects
 from caprl_async.data.video import FrameLimits, keep_video
+from caprl_async.files import sync_file
 from caprl_async.types import Frame, ImageRef
 
 _SCHEMA = pa.schema(
@@ -104,7 +105,7 @@ def make_index(
     Raises:
         DataError: no example can be used, or one is a video and none are taken.
     """
-    about = _about(spec, processor)
+    about = _about(spec, processor, images)
     if path.is_file() and _made_as(path) == about:
         return Index(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,14 +124,18 @@ def make_index(
         partial.unlink()
         why = f"{len(refused)} were turned away, the first: {refused[0].reason}" if refused else "it is empty"
         raise DataError(f"{spec.data}: no example can be used ({why}); see {rejects}")
+    sync_file(partial)
     partial.replace(path)
     return Index(path)
 
 
 def _made_as(path: Path) -> bytes | None:
-    """What an index says that it was made from."""
-    with pa.memory_map(str(path)) as file:
-        metadata = pa.ipc.open_file(file).schema.metadata or {}
+    """What an index says that it was made from; None if it is damaged."""
+    try:
+        with pa.memory_map(str(path)) as file:
+            metadata = pa.ipc.open_file(file).schema.metadata or {}
+    except (pa.ArrowException, OSError):
+        return None
     found: bytes | None = metadata.get(_ABOUT)
     return found
 
@@ -205,12 +210,13 @@ def _kept(example: Example, store: ImageStore, videos: FrameLimits | None) -> Im
     return store.put(image) if isinstance(image, bytes) else store.refer(image)
 
 
-def _about(spec: IndexSpec, processor: PolicyProcessor) -> bytes:
+def _about(spec: IndexSpec, processor: PolicyProcessor, images: Path) -> bytes:
     source = Path(spec.data)
     files = [source] if source.is_file() else sorted(source.glob("*"))
     state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     videos = spec.videos and asdict(spec.videos)
-    made_from = [spec.data, spec.prompt, spec.max_tokens, videos, processor.fingerprint, state]
+    kept = str(images.resolve())  # an index names the files: of a moved run it is made again
+    made_from = [spec.data, spec.prompt, spec.max_tokens, videos, processor.fingerprint, state, kept]
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest().encode()
 
 

@@ -24,6 +24,7 @@ from caprl_async.data.images import (
     MAX_PIXELS,
     BadImage,
     ImageStore,
+    stat_of,
     stored_path,
     write_whole,
 )
@@ -103,10 +104,7 @@ def _identity(video: bytes | Path, limits: FrameLimits) -> str:
     if isinstance(video, bytes):
         digest.update(video)
     else:
-        try:
-            state = video.stat()
-        except OSError as error:
-            raise BadImage(f"{video}: {error.strerror or error}") from error
+        state = stat_of(video)
         digest.update(f"{video.resolve()} {state.st_size} {state.st_mtime_ns}".encode())
     return digest.hexdigest()
 

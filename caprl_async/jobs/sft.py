@@ -176,6 +176,8 @@ class _Tuning:
                     metrics |= self.ring.validate()
                 if config.evaluate.interval and step % config.evaluate.interval == 0:
                     metrics |= self._evaluate(f"step-{step:06d}").flat()
+                if self.ring.version.step != step:
+                    continue  # the ring went back meanwhile: the step comes again
                 writer.write(step, metrics)
                 gauges.set(metrics)
                 trackers.log(step, {name: x for name, x in metrics.items() if math.isfinite(x)})

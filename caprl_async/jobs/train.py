@@ -156,6 +156,8 @@ class _Training:
                 step = self.ring.version.step
                 if config.evaluate.interval and step % config.evaluate.interval == 0:
                     metrics |= self._evaluate(f"step-{step:06d}", "policy").flat()
+                if self.ring.version.step != step:
+                    continue  # the ring went back meanwhile: the step comes again
                 for text in alarms.check(step, metrics):
                     self.console.print(text, style="bold red", markup=False, soft_wrap=True)
                 metrics |= {"alarms": alarms.raised}

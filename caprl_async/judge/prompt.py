@@ -117,8 +117,7 @@ def head_text(caption: str, config: JudgePromptConfig) -> str:
     """The user message up to the end of the caption block: instruction and caption."""
     marks = _block_marks(config.caption)
     signs = "".join(sign for sign in "".join(marks) if not sign.isalnum() and not sign.isspace())
-    plain = without_disguise(caption, signs) if signs else caption
-    block = _fill(config.caption, caption=_without_marks(plain.strip(), marks))
+    block = _fill(config.caption, caption=without_marks(caption.strip(), marks, signs))
     instruction = config.instruction.strip()
     return f"{instruction}\n{block}\n" if instruction else f"{block}\n"
 
@@ -170,8 +169,11 @@ def _block_marks(template: str) -> tuple[str, ...]:
     return tuple(sorted(mark for mark in marks if len(mark) > 1 and re.search(r"[^\w\s]", mark)))
 
 
-def _without_marks(caption: str, marks: Sequence[str]) -> str:
-    """Spells block marks out (`> > >`), so that the caption cannot end its block."""
+def without_marks(caption: str, marks: Sequence[str], signs: str) -> str:
+    """Spells block marks out (`> > >`), so that the caption cannot end its block; `signs` are what they are
+    made of.
+    """
+    caption = without_disguise(caption, signs) if signs else caption
     for mark in marks:
         while mark in caption:
             caption = caption.replace(mark, " ".join(mark))

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from caprl_async.config import Config, JudgeConfig, JudgeMode, WriterConfig
 from caprl_async.engine.types import EngineDied, EngineStats
 from caprl_async.judge.cache import VerdictCache
+from caprl_async.judge.prompt import without_marks
 from caprl_async.types import ImageRef, Outcome, Question, Verdict
 from caprl_async.writer.types import Ask, Unwritten, Written
 from caprl_async.writer.writer import Writer, load_writer
@@ -30,6 +31,7 @@ _MEANS = {
     "no_hallucination": "nothing is told that is not to be seen",
 }
 _LOWEST, _HIGHEST = 1.0, 5.0
+_FORM = re.compile(r"\(?\b1\s*(?:to|-|–)\s*5\b\)?")
 _MAX_TOKENS = 64
 
 
@@ -43,7 +45,7 @@ def rating_prompt(caption: str, weights: Mapping[str, float]) -> str:
     """What a rater reads behind the image; the caption is data and cannot end its block."""
     lines = "\n".join(f"{name}: {_MEANS[name]}" for name in weights)
     form = "\n".join(f"{name}: (1 to 5)" for name in weights)
-    shown = caption.replace("<<<", "<< <").replace(">>>", "> >>")
+    shown = without_marks(caption, ("<<<", ">>>"), "<>")
     return (
         "Rate the caption below by each of these, from 1 (not at all) to 5 (entirely):\n"
         f"{lines}\n\nCaption:\n<<<\n{shown}\n>>>\n\nAnswer with these lines and nothing else:\n{form}"
@@ -52,6 +54,7 @@ def rating_prompt(caption: str, weights: Mapping[str, float]) -> str:
 
 def parse_rating(text: str, weights: Mapping[str, float]) -> float | None:
     """The weighted mean of the ratings as 0..1; None if one is missing, named twice or out of range."""
+    text = _FORM.sub("", text)  # who repeats it rates nothing by it
     total = 0.0
     for name, weight in weights.items():
         found = re.findall(rf"\b{name}\b\W{{1,6}}(\d+(?:\.\d+)?)(?!\d)", text, re.IGNORECASE)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,8 @@ HEADS = ("judge", "held-out judge", "tokens", "fact precision", "fact recall")
 
 def _accuracy(result: Mapping[str, Any], judge: str) -> float | None:
     found = result["judges"].get(judge)
-    return found["accuracy"] if found and found["n"] else None  # of no scored question: not known, not 0
+    known = found and found["n"] and not math.isnan(found["accuracy"])
+    return found["accuracy"] if known else None  # of no answered question: not known, not 0
 
 
 def _percent(share: float | None) -> str:

@@ -55,7 +55,7 @@ def heldout_spec(
 class Accuracy(TypedDict):
     """Over scored questions, each counting the same."""
 
-    accuracy: float  # share whose most likely option is the right one
+    accuracy: float  # share whose most likely option is the right one; NaN of a rating
     score: float  # mean probability of the right option
     n: int
 

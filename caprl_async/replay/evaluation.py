@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from caprl_async.choices import JudgeMode
 from caprl_async.config import Config
 from caprl_async.data.rows import Dataset
 from caprl_async.replay.eval_spec import Accuracy, EvalError, EvalResult, EvalSpec, JudgeResult
@@ -261,17 +262,19 @@ class EvalRun:
         ]
         scored = [(question, v) for question, v in pairs if v.outcome is Outcome.SCORED]
         kinds = {question.kind for question, _ in scored}
+        rated = judge == "judge" and self._config.judge.mode is JudgeMode.rate
         return JudgeResult(
-            **self._accuracy(scored),
+            **self._accuracy(scored, rated),
             kinds={
-                kind.value: self._accuracy([pair for pair in scored if pair[0].kind is kind])
+                kind.value: self._accuracy([pair for pair in scored if pair[0].kind is kind], rated)
                 for kind in sorted(kinds, key=lambda kind: kind.value)
             },
             unscored=sum(v.outcome in (Outcome.UNSCORABLE, Outcome.JUDGE_DOWN) for _, v in pairs),
         )
 
-    def _accuracy(self, scored: Sequence[tuple[Question, Verdict]]) -> Accuracy:
-        right = [verdict.choice == self._gold(question) for question, verdict in scored]
+    def _accuracy(self, scored: Sequence[tuple[Question, Verdict]], rated: bool) -> Accuracy:
+        """Who rates answers no question: nothing is right or wrong."""
+        right = [] if rated else [verdict.choice == self._gold(question) for question, verdict in scored]
         scores = [verdict.score for _, verdict in scored if verdict.score is not None]
         return Accuracy(accuracy=mean(right), score=mean(scores), n=len(scored))
 

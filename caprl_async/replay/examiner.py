@@ -75,8 +75,8 @@ class Examiner:
 
     async def evaluate(self, spec: EvalSpec) -> EvalResult:
         """See `ReplayQueue.evaluate`."""
-        if not _NAME.fullmatch(spec.name) or spec.name in self._evals:
-            raise EvalError(f"evaluation name {spec.name!r} is running or is no plain file name")
+        if not _NAME.fullmatch(spec.name):
+            raise EvalError(f"evaluation name {spec.name!r} is no plain file name")
         data = await self._questions_of("judge")
         run = await self._measure(spec, data, _first_rows(data, spec))
         await asyncio.to_thread(run.write, self._run_dir / "evals" / f"{spec.name}.jsonl")
@@ -91,16 +91,26 @@ class Examiner:
         questions = {judge: await self._questions_of(judge) for judge in spec.judges}
         prepared = await asyncio.to_thread(lambda: [self._put(data, i, row) for i, row in enumerate(rows)])
         run, done = EvalRun(spec, self._config, prepared, questions, self._on_error), asyncio.Event()
+        # Who lost a learner meanwhile asks again, and waits no more for what was asked before.
+        _, forgotten = self._evals.pop(spec.name, (run, done))
+        if forgotten is not done:
+            forgotten.set()
         self._evals[spec.name] = (run, done)
         try:
             self._check()
             await self._pump()
             await done.wait()
             self._check()
+            if not self._is_asked(run):
+                raise EvalError(f"evaluation {spec.name!r} has been asked for again")
         finally:
-            del self._evals[spec.name]
+            if self._is_asked(run):
+                del self._evals[spec.name]
             self._revoke(lambda work: work.owner is run)
         return run
+
+    def _is_asked(self, run: EvalRun) -> bool:
+        return self._evals.get(run.spec.name, (None, None))[0] is run
 
     async def _questions_of(self, judge: str) -> Dataset:
         data, heldout = self._config.data, self._config.evaluate.heldout_judge

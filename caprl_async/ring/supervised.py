@@ -10,10 +10,10 @@ from caprl_async.learner.supervised_actor import SupervisedActor
 from caprl_async.replay.eval_spec import EvalResult, EvalSpec
 from caprl_async.ring.errors import LearnersLost, RingFailed, SaveFailed
 from caprl_async.ring.supervisor import Supervisor
-from caprl_async.types import Version
+from caprl_async.types import FOREIGN, Version
 
 _CUT = "supervised.json"
-_NONE = Version(-1, 0)  # of engines whose weights nobody has asked for yet
+_NONE = Version(-2, 0)  # of engines whose weights nobody has asked for yet
 
 
 class SupervisedRing(Supervisor):
@@ -45,7 +45,12 @@ class SupervisedRing(Supervisor):
         super()._show()
 
     def _rejoin(self) -> None:
-        """Weights are gathered only for an evaluation: the ranks may be training now."""
+        """Weights are gathered only for an evaluation: the ranks may be training now. What rank 0 holds for
+        one, it gives again.
+        """
+        if self.weights.wanted in (self.version, FOREIGN):
+            self.weights.rejoin(self.weights.wanted)
+            return
         self.weights.settle()
         self.weights.wanted = _NONE
         self.weights.open()

@@ -7,6 +7,7 @@ start, and what is written is never made twice: so each row is in the output onc
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import tarfile
 import time
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from caprl_async.choices import Form
-from caprl_async.data.images import media_type
+from caprl_async.data.images import extension
 from caprl_async.data.rows import DataError
 from caprl_async.files import write_bytes
 from caprl_async.stream.done import digest_of
@@ -181,8 +182,8 @@ class Conversations(Shards):
 
     def _ids(self, file: Path) -> Iterator[str]:
         with file.open(encoding="utf-8") as lines:
-            for line in lines:
-                yield str(json.loads(line)["id"])
+            found = (str(json.loads(line)["id"]) for line in lines)
+            yield from (row_id for row_id, _ in itertools.groupby(found))  # a line for each caption
 
 
 def _conversation(row: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -211,8 +212,7 @@ class WebDataset(Shards):
             for position, row in enumerate(rows):
                 key = f"{self._next:06d}{position:06d}"
                 whole = {k: v for k, v in row.items() if k != "data"} | {"about": json.loads(self._about)}
-                kind = media_type(row["data"]).partition("/")[2]
-                _member(tar, f"{key}.{kind}", row["data"])
+                _member(tar, f"{key}{extension(row['data'])}", row["data"])
                 _member(tar, f"{key}.txt", row["captions"][0].encode())
                 _member(tar, f"{key}.json", json.dumps(whole, ensure_ascii=False).encode())
         return sink.getvalue()

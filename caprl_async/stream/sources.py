@@ -70,7 +70,7 @@ def open_images(source: str) -> Images:
     if not found:
         raise DataError(f"{source}: it holds no image, nor a .parquet, .tar or .arrow file")
     base = path if path.is_dir() else path.parent
-    rows = [{"id": str(file.relative_to(base)), "path": str(file.resolve())} for file in found]
+    rows = [_of_file(file, base) for file in found]
     return Images(table_of(rows, SCHEMA), len(rows))
 
 
@@ -136,6 +136,16 @@ def _images(path: Path) -> Iterator[Path]:
         for name in sorted(files):
             if name.lower().endswith(EXTENSIONS):
                 yield Path(folder, name)
+
+
+def _of_file(file: Path, base: Path) -> dict[str, Any]:
+    name, path = str(file.relative_to(base)), str(file.resolve())
+    try:
+        (name + path).encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(name).decode("utf-8", "backslashreplace")
+        return {"id": shown, "path": None, "problem": "its name is not UTF-8: rename the file"}
+    return {"id": name, "path": path}
 
 
 def _table(rows: list[dict[str, Any]]) -> pa.Table:
