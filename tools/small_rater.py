@@ -22,7 +22,7 @@ from typing import Any
 import caprl_async
 from caprl_async import conf
 from caprl_async.config import WriterConfig
-from caprl_async.judge.rating import parse_rating, rating_prompt, weights_of
+from caprl_async.judge.rating import MAX_TOKENS, parse_rating, rating_prompt, weights_of
 from caprl_async.tiny import grammar
 from caprl_async.tiny.facts import score_facts, stated_facts
 from caprl_async.tiny.grammar import Entity
@@ -132,7 +132,7 @@ def save_start(folder: Path) -> None:
 
 
 def make(folder: Path, overrides: Sequence[str] = ()) -> Path:
-    """Trains the rater, about 15 minutes on two cores; what is there stays, what was broken off goes on.
+    """Trains the rater, about 30 minutes on two cores; what is there stays, what was broken off goes on.
 
     Raises:
         SystemExit: the training failed.
@@ -141,14 +141,14 @@ def make(folder: Path, overrides: Sequence[str] = ()) -> Path:
     if not (run / "result.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "ratings.parquet").is_file():
-            write_ratings(folder / "ratings.parquet", images=8000, captions=4, seed=0)
+            write_ratings(folder / "ratings.parquet", images=16000, captions=4, seed=0)
         if not (folder / "start" / "processor_config.json").is_file():
             save_start(folder / "start")
         training = (
             *("conf=conf/sft_demo.yaml", f"run_dir={run}", f"policy.model={folder / 'start'}"),
-            *(f"sft.data={folder / 'ratings.parquet'}", "sft.validation=", "steps=1500", "sft.interval=100"),
+            *(f"sft.data={folder / 'ratings.parquet'}", "sft.validation=", "steps=4000", "sft.interval=100"),
             *("data.heldout=", "evaluate.heldout_judge.model=", "evaluate.heldout_judge.data="),
-            *("evaluate.interval=0", "evaluate.program=", "learner.lr=5e-4", "learner.warmup_steps=50"),
+            *("evaluate.interval=0", "evaluate.program=", "learner.lr=1e-3", "learner.warmup_steps=100"),
             *(["resume=true"] if (run / "ledger.sqlite").is_file() else []),
         )
         done = subprocess.run([sys.executable, "-m", "caprl_async.run", *training, *overrides])
@@ -175,9 +175,13 @@ def agreement(model: Path, images: int = 200, captions: int = 4) -> dict[str, fl
             right = true_rating(caption, world)
             truths.append(sum(weight * right[name] for name, weight in CRITERIA.items()))
     tiny = conf.load(["conf=conf/demo.yaml"])
-    pixels, engine = tiny.policy.max_pixels, tiny.judge.engine
     config = WriterConfig(
-        model=str(model.resolve()), min_pixels=pixels, max_pixels=pixels, temperature=0.0, engine=engine
+        model=str(model.resolve()),
+        min_pixels=tiny.policy.min_pixels,
+        max_pixels=tiny.policy.max_pixels,
+        temperature=0.0,
+        max_tokens=MAX_TOKENS,
+        engine=tiny.judge.engine,
     )
     with load_writer(config, "rater") as writer:
         answers = writer.ask(asks)
@@ -187,6 +191,8 @@ def agreement(model: Path, images: int = 200, captions: int = 4) -> dict[str, fl
         if not isinstance(answer, Unwritten)
         and (rating := parse_rating(answer[0].text, CRITERIA)) is not None
     ]
+    if not rated:
+        raise SystemExit(f"{model}: no answer is a rating; the first: {answers[0]}")
     order = [
         0.5 if one == other else float((one > other) == (truth > another))
         for (image, one, truth), (same, other, another) in itertools.combinations(rated, 2)

@@ -32,7 +32,8 @@ _MEANS = {
 }
 _LOWEST, _HIGHEST = 1.0, 5.0
 _FORM = re.compile(r"\(?\b1\s*(?:to|-|–)\s*5\b\)?")
-_MAX_TOKENS = 64
+MAX_TOKENS = 64
+"""Of an answer."""
 
 
 def weights_of(image: ImageRef) -> dict[str, float]:
@@ -88,7 +89,7 @@ class Rater:
             min_pixels=config.policy.min_pixels,
             max_pixels=config.policy.max_pixels,
             temperature=judge.temperature,
-            max_tokens=_MAX_TOKENS,
+            max_tokens=MAX_TOKENS,
             engine=judge.engine,
         )
         return cls(load_writer(writer, "judge", config.seed, pictures=max(1, config.data.frames)))
