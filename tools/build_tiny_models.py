@@ -111,7 +111,7 @@ class Builder:
 
         torch.manual_seed(curriculum.JUDGE_SEED)
         start: Qwen2ForCausalLM = Qwen2ForCausalLM.from_pretrained(self.out / "judge")
-        model = models.deeper(start, curriculum.LETTERS_LAYERS)
+        model = models.deeper(start, models.new_judge(layers=curriculum.LETTERS_LAYERS))
         self._train_judge("judge_letters", model, curriculum.JUDGE_LETTERS, curriculum.LETTERS_SEED)
 
     def _train_judge(self, name: str, model: Qwen2ForCausalLM, stages: tuple[Stage, ...], seed: int) -> None:

@@ -101,7 +101,7 @@ ARMS = (
     *(_questions(number) for number in (1, 2, 3)),
     Arm(
         "larger",
-        "supervised, 2.4 times the parameters",
+        "supervised, three times the layers",
         (*_SFT, "steps=100", "policy.model={data}/larger", "sft.data={data}/sparse.parquet"),
     ),
     Arm(
@@ -235,24 +235,27 @@ def _make_captions(arm: Arm, seed: int, folder: Path, data: Path, overrides: Seq
 
 
 def _make_larger(folder: Path) -> None:
-    """A larger captioner, trained as the start was: on sparse captions of fresh images."""
+    """A larger captioner: the start with more layers, trained further on sparse captions of fresh images."""
     if (folder / "model.safetensors").is_file():
         return
     import torch
-    from build_tiny_models import CAPTION_STEPS
+    from transformers import Qwen2_5_VLForConditionalGeneration
 
-    from caprl_async.tiny.models import new_policy, save_model
+    from caprl_async.tiny.models import deeper, new_policy, save_model
     from caprl_async.tiny.pretrain import train_captions
 
     torch.manual_seed(0)
-    model = new_policy(width=192, layers=8)
+    start = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        TINY / "models" / "policy", dtype=torch.float32
+    )
+    model = deeper(start, new_policy(layers=12))
 
     def report(step: int, steps: int, loss: float) -> None:
-        if step % 250 == 0:
+        if step % 50 == 0:
             print(f"the larger captioner: step {step} of {steps} | loss {loss:.3f}", flush=True)
 
     checkpoint = folder.with_suffix(".pt")
-    train_captions(model, "sparse", CAPTION_STEPS, checkpoint, report, peak=5e-4, floor=3e-5)
+    train_captions(model, "sparse", 1000, checkpoint, report, peak=3e-4, floor=3e-5, seed=1)
     save_model(model, folder, vision=True)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from caprl_async.tiny.tokenizer import (
     END_OF_TEXT,
@@ -19,6 +19,8 @@ from caprl_async.tiny.tokenizer import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration, Qwen2ForCausalLM
+
+ModelT = TypeVar("ModelT", "Qwen2ForCausalLM", "Qwen2_5_VLForConditionalGeneration")
 
 MODELS = Path(__file__).parent / "models"
 HEAD = 32  # channels per attention head: the smallest that vLLM's CPU attention takes
@@ -71,14 +73,16 @@ def new_policy(width: int = 128, layers: int = 4) -> Qwen2_5_VLForConditionalGen
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def deeper(judge: Qwen2ForCausalLM, layers: int) -> Qwen2ForCausalLM:
-    """The judge with fresh layers on top that change little at first: what it can do stays."""
+def deeper(old: ModelT, grown: ModelT) -> ModelT:
+    """Gives `grown`, of the same width and more layers, what `old` can do: its fresh layers lie on top and
+    change little at first.
+    """
     import torch
 
-    grown, old = new_judge(layers=layers), judge.config.num_hidden_layers
-    grown.load_state_dict(judge.state_dict(), strict=False)
+    known = old.get_decoder().config.num_hidden_layers
+    grown.load_state_dict(old.state_dict(), strict=False)
     with torch.no_grad():
-        for layer in grown.model.layers[old:]:
+        for layer in grown.get_decoder().layers[known:]:
             layer.self_attn.o_proj.weight.mul_(0.1)
             layer.mlp.down_proj.weight.mul_(0.1)
     return grown
