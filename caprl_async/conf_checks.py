@@ -175,8 +175,8 @@ def _device(config: Config) -> Iterator[str]:
         for key in ("gpus_per_rollout", "gpus_per_judge", "gpus_per_learner"):
             if not getattr(ring, key) and not (key == "gpus_per_judge" and elsewhere):
                 yield (
-                    f"learner.device=cuda with ring.{key}=0: Ray hides the GPUs from an actor that "
-                    f"reserves none; set ring.{key} (a fraction shares a GPU)"
+                    f"learner.device=cuda with ring.{key}=0: what reserves no GPU would be on "
+                    f"the first one, beside others; set ring.{key} (a fraction shares a GPU)"
                 )
 
 

@@ -221,9 +221,14 @@ def _files(config: Config) -> Iterator[str]:
         path = value_of(config, key)
         if not path and needed:
             yield f"{key} is empty: the run needs a data file (parquet or jsonl)"
-        elif path and not Path(path).is_file():
+        elif not path:
+            continue
+        elif Path(path).is_dir():
+            if not any(Path(path).glob("*.parquet")):
+                yield f"{key}={path} is a folder without .parquet files"
+        elif not Path(path).is_file():
             yield f"{key}={path} is no file"
-        elif path and Path(path).suffix not in (".parquet", ".jsonl"):
+        elif Path(path).suffix not in (".parquet", ".jsonl"):
             yield f"{key}={path} is neither .parquet nor .jsonl"
 
 

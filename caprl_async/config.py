@@ -55,7 +55,10 @@ class EngineConfig:
 class DataConfig:
     """Images and their questions."""
 
-    train: str = key("", "training questions: CapRL-QA parquet, or jsonl in the OpenRLHF or verl form")
+    train: str = key(
+        "",
+        "training questions: CapRL-QA parquet (or a folder of it), or jsonl in the OpenRLHF or verl form",
+    )
     heldout: str = key("", "held-out questions, same forms; empty: no evaluation")
     images: str = key("", "annotate: folder of images, or of .parquet, .tar or .arrow files, or one of these")
     prompt: str = key(

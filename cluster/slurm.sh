@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A ring on Slurm: sbatch cluster/slurm.sh conf=/shared/my.yaml run_dir=/shared/runs/one [key=value ...]
 # From the root of this project, which must lie on a file system that all nodes see, set up by
-# `make setup EXTRA=gpu` (and `.venv/bin/uv pip install --python .venv/bin/python -e '.[gpu,cluster]'`).
+# `make setup EXTRA=gpu`.
 #SBATCH --job-name=caprl
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -264,6 +264,8 @@ def test_options_must_be_shown_when_letters_are_asked_for(load: Callable[..., Co
     ("override", "words"),
     [
         ("data.train=missing.parquet", ["data.train=", "missing.parquet is no file"]),
+        ("data.train=tests", ["data.train=", "is a folder without .parquet files"]),
+        ("data.heldout=README.md", ["data.heldout=", "is neither .parquet nor .jsonl"]),
         ("data.train=", ["data.train is empty"]),
         ("policy.model=missing", ["policy.model=", "is no folder"]),
         ("judge.model=", ["judge.model is empty"]),

@@ -124,4 +124,4 @@ def test_unknown_and_missing_trackers_are_found_before_the_run(monkeypatch: pyte
     assert "none of tensorboard, wandb" in unknown
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     (missing,) = problems(["mlflow"])
-    assert "pip install 'caprl_async[trackers]'" in missing
+    assert "`make setup` installs it" in missing

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+from PIL import Image
 from tool_kit import load_tool
+
+from caprl_async.data.load import load_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -16,6 +20,19 @@ def test_readme_lists_every_conf_key() -> None:
     module = load_tool("readme_keys")
     text = module.README.read_text(encoding="utf-8")
     assert module.with_keys(text) == text, "run: python tools/readme_keys.py"
+
+
+def test_rows_that_the_readme_shows_are_read(tmp_path: Path) -> None:
+    shown = re.findall(r'^  `(\{"id".*\})`$', (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(shown) == 2
+    Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
+    for number, line in enumerate(shown):
+        file = tmp_path / f"{number}.jsonl"
+        file.write_text(line + "\n")
+        found = load_rows(file, "unknown")
+        (question,) = found.rows[0].questions
+        assert (question.choices, question.answer) == (("red", "blue"), 0)
+        assert not found.rejects
 
 
 def uv_environment() -> dict[str, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from pathlib import Path
 
 from caprl_async.observe.gauges import dashboard
@@ -15,6 +17,13 @@ def text() -> str:
     return json.dumps(dashboard(), indent=1, ensure_ascii=False) + "\n"
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Returns 0."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     PATH.write_text(text(), encoding="utf-8")
     print(f"{PATH}: written")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

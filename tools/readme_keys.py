@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+import sys
 from pathlib import Path
 
 from caprl_async.conf import markdown_table
@@ -22,6 +24,13 @@ def with_keys(text: str) -> str:
     return _BLOCK.sub(lambda match: f"{match[1]}{markdown_table()}\n{match[2]}", text)
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Returns 0."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     README.write_text(with_keys(README.read_text(encoding="utf-8")), encoding="utf-8")
     print(f"{README}: keys written")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

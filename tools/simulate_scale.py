@@ -3,7 +3,7 @@
     python tools/simulate_scale.py validate     the simulation against the real ring with stages that wait
     python tools/simulate_scale.py sweep        docs/scale/sweep.csv, sweep.svg and a table
 
-The simulation is tools/scale_model.py (simpy). `sweep` takes its times from LOADS: Qwen2.5-VL-3B on H100s,
+The simulation is tools/scale_model.py (simpy). `sweep` takes its times from LOADS: Qwen2.5-VL-3B on H200s,
 groups of 8 captions; docs/scale/README.md says which of them were measured.
 """
 

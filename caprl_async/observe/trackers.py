@@ -199,7 +199,7 @@ def problems(names: Sequence[str]) -> Iterable[str]:
         elif importlib.util.find_spec(name) is None:
             yield (
                 f"observe.trackers={list(names)}: the package {name} is not installed; "
-                "pip install 'caprl_async[trackers]'"
+                "`make setup` installs it"
             )
 
 
