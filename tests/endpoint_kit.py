@@ -64,6 +64,9 @@ class FakeServer:
     def prompts(self) -> list[str]:
         return [said(body) for body in self.bodies]
 
+    def content(self, token: str, body: dict[str, Any]) -> str | None:
+        return token if body["max_tokens"] == 1 else token + " ..."
+
     def completion(self, body: dict[str, Any]) -> dict[str, Any]:
         tokens = self.tokens(said(body))
         drawn = tempered(tokens, body["temperature"] or 0.01)
@@ -72,7 +75,7 @@ class FakeServer:
         choice: dict[str, Any] = {
             "index": 0,
             "finish_reason": "length",
-            "message": {"role": "assistant", "content": token if body["max_tokens"] == 1 else token + " ..."},
+            "message": {"role": "assistant", "content": self.content(token, body)},
         }
         if body.get("logprobs") and self.most_logprobs > 0:
             top = sorted(tokens, key=lambda one: -tokens[one])[: body["top_logprobs"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -372,6 +373,43 @@ def test_an_answer_of_mathvista_is_a_text_even_if_it_is_a_number(tmp_path: Path)
     row = {"question": Q, "choices": ["3", "2", "1", "0"], "answer": "0", "answer_type": "integer"}
     item = only(read("mathvista", write_parquet(tmp_path / "a.parquet", row, column="decoded_image")))
     assert item.golds == ("D",)
+    row = {"question": Q, "choices": ["B", "A"], "answer": "A"}
+    item = only(read("mathvista", write_parquet(tmp_path / "b.parquet", row, column="decoded_image")))
+    assert item.golds == ("B",)
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "path"),
+    [
+        ("mathvista", "decoded_image", "image"),
+        ("mathvision", "decoded_image", "image"),
+        ("gqa", "image", "imageId"),
+    ],
+)
+def test_a_second_column_that_only_names_the_image_is_none(
+    name: str, column: str, path: str, tmp_path: Path
+) -> None:
+    row = {"question": Q, "answer": "14", path: "images/1.jpg"}
+    assert len(only(read(name, write_parquet(tmp_path / "a.parquet", row, column=column))).images) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("mathvista", {"precision": "nan"}),
+        ("mathvista", {"precision": "x"}),
+        ("ai2d", {"answer": "\u00b2", **FOUR}),
+        ("ai2d", {"answer": "9", **FOUR}),
+    ],
+)
+def test_a_cell_that_is_no_number_costs_its_row_alone(
+    name: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    good = {"question": Q, "answer": "1", "precision": "1", **(FOUR if name == "ai2d" else {})}
+    rows = [{**good, "index": "1"}, {**good, **changes, "index": "2"}]
+    found = read(name, write_tsv(tmp_path / "a.tsv", *rows))
+    assert [item.item_id for item in found.items] == ["1"]
+    assert [reject.row_id for reject in found.rejects] == ["2"]
 
 
 def test_circles_of_mmbench(tmp_path: Path) -> None:
@@ -380,6 +418,14 @@ def test_circles_of_mmbench(tmp_path: Path) -> None:
         tmp_path / "a.tsv", {**row, "index": "7"}, {**row, "index": "1000007"}, {**row, "index": "8"}
     )
     assert [item.circle for item in read("mmbench", path).items] == ["7", "7", "8"]
+    shutil.copy(path, tmp_path / "b.tsv")
+    twice = read("mmbench", tmp_path)
+    assert [item.circle for item in twice.items] == ["7", "7", "8"]
+    assert [reject.reason for reject in twice.rejects] == ["duplicate"] * 3
+    other = {**row, "question": "in another language?"}
+    write_tsv(tmp_path / "b.tsv", *({**other, "index": index} for index in ("7", "1000007", "8")))
+    circles = [item.circle for item in read("mmbench", tmp_path).items]
+    assert circles == ["7", "7", "8", "7#2", "7#2", "8#2"]
 
 
 def test_a_bad_row_costs_only_itself(tmp_path: Path) -> None:

@@ -189,6 +189,9 @@ def test_chartqapro() -> None:
 
     assert pro("52", "50") == 1
     assert pro("52%", "50%") == 1
+    assert pro("[52]", "50") == 1
+    assert pro("[50, 60]", "50") == 0.5
+    assert pro("[]", "50") == 0
     assert pro("2019", "2018", years=(True,)) == 0
     assert pro("2019", "2018", years=(False,)) == 1
     assert pro("[2018, 51]", "2018", "50", years=(True, False)) == 1

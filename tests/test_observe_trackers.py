@@ -79,6 +79,17 @@ def test_wandb_keeps_the_run_in_its_folder(run_dir: Path) -> None:
     assert list((run_dir / "wandb").glob("offline-run-*/files/media/images/*.png"))
 
 
+def test_wandb_keeps_steps_that_are_made_again(run_dir: Path) -> None:
+    told = Trackers(["wandb"], run_dir, CONF, print)
+    rewards = {1: 0.11111, 2: 0.22222, 3: 0.33333}
+    for step, reward in [*rewards.items(), (2, 0.44444)]:  # the ring went back to 1
+        told.log(step, {"reward_mean": reward})
+    told.close()
+    (file,) = (run_dir / "wandb").glob("offline-run-*/run-*.wandb")
+    kept = file.read_bytes()
+    assert all(f"{reward}".encode() in kept for reward in (*rewards.values(), 0.44444))
+
+
 def test_trackio_keeps_the_run_in_its_folder(run_dir: Path) -> None:
     assert _told(run_dir, "trackio") == []
     (database,) = (run_dir / "trackio").glob("*.db")

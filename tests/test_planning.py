@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from caprl_async import conf
+from caprl_async.jobs.plan import learning_of
 from caprl_async.planning.estimate import Learning, best_split, engine_gib, learner_gib, split
 from caprl_async.planning.model import Shape, read_shape
 from caprl_async.run import main
@@ -141,6 +143,27 @@ def test_a_plan_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "learner.gradient_checkpointing" in error
     assert main([*asked, "policy.model=/nowhere"]) == 2
     assert "/nowhere" in capsys.readouterr().err
+
+
+def test_roles_that_share_a_gpu_are_added_up(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = [f"policy.model={folder}", f"judge.model={folder}", "rollout.num_actors=1", "judge.num_actors=1"]
+    shares = [f"ring.gpus_per_{role}=0.3" for role in ("rollout", "judge", "learner")]
+    small = ["learner.gradient_checkpointing=true", "learner.micro_batch_tokens=4096", "learner.lora.rank=8"]
+    asked = ["conf=conf/qwen2_5_vl_3b.yaml", "job=plan", *models, *shares, *small, "learner.lr=1e-4"]
+    assert main([*asked, "plan.gpu=h200"]) == 0
+    assert "0.3 GPUs" in capsys.readouterr().out
+    assert main([*asked, "plan.gpu=a10g", "learner.offload_optimizer=true"]) == 2
+    assert "rollout, judge, learner share GPUs" in capsys.readouterr().err
+
+
+def test_a_reference_for_the_kl_takes_memory(folder: Path) -> None:
+    base = ["conf=conf/qwen2_5_vl_3b.yaml", f"policy.model={folder}", f"judge.model={folder}", "job=plan"]
+    shape = read_shape(folder)
+    plain, held = (
+        learner_gib(shape, learning_of(conf.load([*base, f"learner.kl.coef={coef}"]), shape))
+        for coef in (0.0, 0.01)
+    )
+    assert held - plain == pytest.approx(2 * shape.parameters / 2**30)
 
 
 def test_a_conf_without_gpus_says_so(capsys: pytest.CaptureFixture[str]) -> None:

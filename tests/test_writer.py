@@ -70,6 +70,15 @@ def test_a_failure_costs_only_its_ask(server: FakeServer, tmp_path: Path) -> Non
     assert "none.png" in missing.reason
 
 
+def test_an_answer_that_was_all_thought_is_none(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "content", lambda token, body: None)
+    with load_writer(config_for(server), "answerer") as writer:
+        (answer,) = writer.ask([Ask("a")])
+    assert isinstance(answer, Unwritten)
+    assert answer.again
+    assert "no text" in answer.reason
+
+
 def test_a_server_that_is_not_there_names_the_key() -> None:
     with serving(echo) as gone:
         config = config_for(gone)

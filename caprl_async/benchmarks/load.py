@@ -20,7 +20,7 @@ from caprl_async.data.caprl_qa import image_source
 from caprl_async.data.images import BadImage, ImageStore
 from caprl_async.data.parquet import parquet_records
 from caprl_async.data.questions import literal
-from caprl_async.data.rows import BadQuestion, BadRow, DataError, Reject, id_of, place
+from caprl_async.data.rows import BadQuestion, BadRow, DataError, Reject, id_of, is_given, place
 from caprl_async.types import ImageRef
 
 _SUFFIXES = (".tsv", ".parquet", ".json")
@@ -77,13 +77,14 @@ def _take_in(item: Item, items: dict[str, Item], rejects: list[Reject]) -> None:
             rejects.append(Reject(item.item_id, None, "duplicate"))
             return
         number += 1
-        named = replace(item, item_id=f"{item.item_id}#{number}")
+        circle = item.circle and f"{item.circle}#{number}"
+        named = replace(item, item_id=f"{item.item_id}#{number}", circle=circle)
     items[named.item_id] = named
 
 
 def _without_broken_circles(items: dict[str, Item], rejects: list[Reject], benchmark: Benchmark) -> None:
     """A circle that lacks a member would be too easy."""
-    broken = {benchmark.circle(reject.row_id) for reject in rejects}
+    broken = {benchmark.circle(reject.row_id) for reject in rejects if reject.reason != "duplicate"}
     for item in [item for item in items.values() if item.circle and item.circle in broken]:
         del items[item.item_id]
         rejects.append(Reject(item.item_id, None, "incomplete_circle"))
@@ -107,7 +108,9 @@ def _rows(file: Path, store: ImageStore, benchmark: Benchmark) -> Iterator[Recor
         return _tsv_rows(file, store, benchmark)
     if file.suffix == ".json":
         return _with_images(file, _json_records(file), store, ("image",), IDS)
-    return _with_images(file, parquet_records(file), store, benchmark.images, benchmark.ids)
+    return _with_images(
+        file, parquet_records(file), store, benchmark.images, benchmark.ids, benchmark.several
+    )
 
 
 def _built(benchmark: Benchmark, record: Record, file: Path) -> Iterator[Item | Reject]:
@@ -145,16 +148,20 @@ def _with_images(
     store: ImageStore,
     columns: Sequence[str],
     ids: Sequence[str],
+    several: bool = False,
 ) -> Iterator[Record | Reject]:
-    """The rows with the images of these columns, each one image or a list of them."""
+    """The rows with the images of the first of these columns that has any, or of all of them; each holds one
+    image or a list.
+    """
     for number, values in rows:
         name = place(path, number)
         try:
             name = _id(values, name, ids)
+            found = [cells for column in columns if (cells := _several(values.get(column)))]
             images = [
                 store.put(image_source(image, path.parent))
-                for column in columns
-                for image in _several(values.get(column))
+                for cells in (found if several else found[:1])
+                for image in cells
             ]
             yield _record(name, images, values)
         except BadImage as bad:
@@ -164,7 +171,9 @@ def _with_images(
 
 
 def _several(cell: Any) -> list[Any]:
-    return cell if isinstance(cell, list) else [] if cell is None else [cell]
+    if isinstance(cell, list):
+        return cell
+    return [cell] if is_given(cell) else []
 
 
 # ---------------------------------------------------------------- VLMEvalKit TSV

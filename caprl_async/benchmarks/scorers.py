@@ -91,8 +91,7 @@ def chart_pro(answer: str, item: Item) -> float:
     Years, and all parts of fact-checking and multiple-choice questions, must be equal but for case;
     numbers may be off by 5 %; texts count by ANLS. A part too many or too few counts 0.
     """
-    said = listed(answer) if len(item.golds) > 1 else None
-    parts = said if said is not None else [answer]
+    parts = listed(answer) or [answer]
     whole = _plain(item.kind) in ("fact checking", "multi choice")
     years = item.years if len(item.years) == len(item.golds) else item.years[:1] * len(item.golds)
     found = [

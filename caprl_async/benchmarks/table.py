@@ -34,7 +34,8 @@ class Benchmark:
 
     title: str
     build: Build
-    images: tuple[str, ...] = ("image",)  # columns that may hold them, in order
+    images: tuple[str, ...] = ("image",)  # columns that may hold them, in order: the first that does
+    several: bool = False  # all of these columns are parts of a row's images
     macro: bool = False  # the mean over categories of their means, not over items
     prompted: Rule = Rule.EXACT  # of questions without options in Prism's form, which has no other columns
     ids: tuple[str, ...] = IDS  # columns that may hold a row's id, in order; none: its place in the file
@@ -142,7 +143,12 @@ def _letters(record: Record) -> Iterator[Item]:
 def _ai2d(record: Record) -> Iterator[Item]:
     """The answer is a letter, or an index from 0 even where options are numbers."""
     options, answer = _options(record), record.text("answer")
-    letter = chr(ord("A") + int(answer)) if answer.isdigit() else _letter(record, options, "answer")
+    if answer.isascii() and answer.isdigit():
+        if int(answer) >= len(options):
+            raise BadRow("gold_not_an_option", f"{answer!r}, options {options}"[:300])
+        letter = chr(ord("A") + int(answer))
+    else:
+        letter = _letter(record, options, "answer")
     yield _item(record, record.text("question"), (letter,), Rule.CHOICE, options=options)
 
 
@@ -194,9 +200,17 @@ def _mathvista(record: Record) -> Iterator[Item]:
     unit = record.maybe_text("unit")
     options = _options(record)
     if options:
-        yield _choice(record, question, options)
+        answer = record.text("answer")  # an option's text, even where the texts are letters
+        letter = (
+            chr(ord("A") + options.index(answer)) if answer in options else _letter(record, options, "answer")
+        )
+        yield _item(record, question, (letter,), Rule.CHOICE, options=options)
         return
-    precision = int(float(record.maybe_text("precision") or 2))
+    told = record.maybe_text("precision") or "2"
+    try:
+        precision = int(float(told))
+    except (ValueError, OverflowError) as error:
+        raise BadRow("malformed_precision", told[:100]) from error
     asked = f"{question} (Unit: {unit})" if unit else question
     yield _item(record, asked, (record.text("answer"),), Rule.TYPED, kind=kind, precision=precision)
 
@@ -275,8 +289,8 @@ _SEVEN = ("image", *(f"image_{number}" for number in range(1, 8)))
 BENCHMARKS: dict[str, Benchmark] = {
     "ai2d": Benchmark("AI2D", _ai2d, prompted=Rule.CHOICE),
     "mmstar": Benchmark("MMStar", _letters, prompted=Rule.CHOICE),
-    "mmmu": Benchmark("MMMU", _mmmu, _SEVEN, prompted=Rule.OPEN),
-    "mmmu_pro": Benchmark("MMMU-Pro", _mmmu, _SEVEN, prompted=Rule.OPEN),
+    "mmmu": Benchmark("MMMU", _mmmu, _SEVEN, several=True, prompted=Rule.OPEN),
+    "mmmu_pro": Benchmark("MMMU-Pro", _mmmu, _SEVEN, several=True, prompted=Rule.OPEN),
     "seed2plus": Benchmark("SEED-Bench-2-Plus", _letters, prompted=Rule.CHOICE),
     "seed": Benchmark("SEED-Bench", _letters, prompted=Rule.CHOICE),
     "chartqa": Benchmark("ChartQA", _chartqa, prompted=Rule.RELAXED),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from caprl_async.benchmarks.reading import final_answer, read_choice
 from caprl_async.config import CurateConfig
-from caprl_async.judge.permutations import Order, balanced_orders
+from caprl_async.judge.permutations import Order, balanced_orders, rotation_of
 from caprl_async.types import Question
 
 NONE = "None of the above"
@@ -30,7 +30,7 @@ class Accuracy:
 
 def orders(questions: Sequence[Question], permutations: int) -> tuple[tuple[Order, ...], ...]:
     """[question][permutation] of `shown`."""
-    return balanced_orders(questions, 0, permutations)
+    return balanced_orders(questions, rotation_of(questions), permutations)
 
 
 def shown(question: Question, order: Order, seen: bool) -> tuple[str, ...]:

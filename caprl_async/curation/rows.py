@@ -24,6 +24,7 @@ CURATED = pa.schema(
         ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
         ("data_source", pa.string()),
         ("reference_caption", pa.string()),
+        ("facts", pa.string()),
         (
             "reward_model",
             pa.struct(
@@ -36,6 +37,7 @@ CURATED = pa.schema(
                                     ("question", pa.string()),
                                     ("choices", pa.list_(pa.string())),
                                     ("answer", pa.string()),
+                                    ("weight", pa.float64()),
                                 ]
                             )
                         ),
@@ -45,7 +47,7 @@ CURATED = pa.schema(
         ),
     ]
 )
-"""Columns of what is kept: those of CapRL-QA-75K, and the caption where there was one."""
+"""Columns of what is kept: those of CapRL-QA-75K, and what else the rows of `curate.questions_from` held."""
 
 WRITTEN = pa.schema(
     [
@@ -69,6 +71,8 @@ class Candidate:
     phash: int
     questions: tuple[Question, ...]
     caption: str | None = None
+    facts: str | None = None
+    prompt: str = ""  # its own
 
 
 def written(rows: Iterator[Mapping[str, Any]], abstain: str) -> Iterator[Candidate | Reject]:
@@ -92,13 +96,14 @@ def given(rows: Dataset, store: ImageStore) -> Iterator[Candidate | Reject]:
             continue
         asked = tuple(question for question in row.questions if question.answer is not None)
         yield from (
-            Reject(row.row_id, position, "about_what_is_absent")
-            for position, question in enumerate(row.questions)
+            Reject(row.row_id, int(question.question_id.rpartition("/")[2]), "about_what_is_absent")
+            for question in row.questions
             if question.answer is None
         )
         if asked:
             phash = hash_of(image)
-            yield Candidate(row.row_id, image, phash, asked, row.reference_caption)
+            caption, facts = row.reference_caption, row.facts
+            yield Candidate(row.row_id, image, phash, asked, caption, facts, row.prompt)
 
 
 def distinct(
@@ -124,13 +129,14 @@ def distinct(
 
 
 def as_row(candidate: Candidate, questions: Sequence[Question], prompt: str) -> dict[str, Any]:
-    """A row of CURATED with these of the candidate's questions."""
+    """A row of CURATED with these of the candidate's questions; an empty prompt leaves it its own."""
     return {
         "id": candidate.row_id,
         "image": {"bytes": Path(candidate.image.path).read_bytes(), "path": None},
-        "prompt": [{"role": "user", "content": f"<image> {prompt}"}],
+        "prompt": [{"role": "user", "content": f"<image> {prompt or candidate.prompt}"}],
         "data_source": "image_caption_rl",
         "reference_caption": candidate.caption,
+        "facts": candidate.facts,
         "reward_model": {"ground_truth": [_truth(question) for question in questions]},
     }
 
@@ -142,4 +148,5 @@ def _truth(question: Question) -> dict[str, Any]:
         "question": question.stem,
         "choices": [f"{letter}) {text}" for letter, text in zip(letters, question.choices, strict=False)],
         "answer": letters[question.answer],
+        "weight": question.weight,
     }

@@ -5,6 +5,7 @@ Reads the conf and the checkpoints' configs alone; nothing is loaded and nothing
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -51,7 +52,12 @@ def run(config: Config) -> None:
         console.print(
             "The conf gives GPUs to no role or not to all (ring.gpus_per_*): as it is, it runs on CPUs."
         )
-    best = best_split(config.plan.gpus, units_of(config, alone), alone)
+    learning = learning_of(config, policy)
+
+    def fits(role: str, count: int) -> bool:
+        return role != "learner" or learner_gib(policy, replace(learning, ranks=count)) <= gpu.memory_gib
+
+    best = best_split(config.plan.gpus, units_of(config, alone), alone, fits)
     console.print(_split_table(now, best, work, config))
     seconds = sync_s(policy, config.plan.link_gb_s, config.rollout.num_actors)
     console.print(
@@ -61,6 +67,12 @@ def run(config: Config) -> None:
     if not_fitting := [role for role, gib in memory.items() if gib > gpu.memory_gib]:
         told = "; ".join(f"{role} needs {memory[role]:.0f} GiB" for role in not_fitting)
         raise ConfError(f"a {config.plan.gpu} has {gpu.memory_gib:.0f} GiB: {told}. {_advice(not_fitting)}")
+    sharing = [role for role in memory if 0 < getattr(config.ring, f"gpus_per_{role}") < 1]
+    if (together := sum(memory[role] for role in sharing)) > gpu.memory_gib:
+        raise ConfError(
+            f"a {config.plan.gpu} has {gpu.memory_gib:.0f} GiB: {', '.join(sharing)} share GPUs "
+            f"(ring.gpus_per_*) and need {together:.0f} GiB together. {_advice(sharing)}"
+        )
 
 
 _TIME_TOKENS = 10  # [mm:ss] and what stands around a picture
@@ -81,13 +93,13 @@ def work_of(config: Config, policy: Shape) -> Work:
     )
 
 
-def gpus_of(config: Config) -> dict[str, int]:
-    """GPUs of each role, as the conf gives them."""
+def gpus_of(config: Config) -> dict[str, float]:
+    """GPUs of each role, as the conf gives them; shares of them where roles share one."""
     ring = config.ring
     return {
-        "rollout": round(config.rollout.num_actors * ring.gpus_per_rollout),
-        "judge": 0 if config.judge.endpoint.url else round(config.judge.num_actors * ring.gpus_per_judge),
-        "learner": round(config.learner.num_ranks * ring.gpus_per_learner),
+        "rollout": config.rollout.num_actors * ring.gpus_per_rollout,
+        "judge": 0.0 if config.judge.endpoint.url else config.judge.num_actors * ring.gpus_per_judge,
+        "learner": config.learner.num_ranks * ring.gpus_per_learner,
     }
 
 
@@ -101,10 +113,10 @@ def units_of(config: Config, alone: dict[str, float]) -> dict[str, int]:
     return {role: units[role] for role in alone}
 
 
-def memory_of(config: Config, policy: Shape, judge: Shape | None, work: Work) -> dict[str, float]:
-    """GiB of one GPU of each role, at most."""
+def learning_of(config: Config, policy: Shape) -> Learning:
+    """What of the conf decides the learner's memory."""
     learner = config.learner
-    how = Learning(
+    return Learning(
         ranks=learner.num_ranks,
         zero_stage=max(learner.zero_stage, 1 if learner.dtype == "bfloat16" else 0),
         bytes_per_parameter=2 if learner.dtype == "bfloat16" else 4,
@@ -114,14 +126,19 @@ def memory_of(config: Config, policy: Shape, judge: Shape | None, work: Work) ->
         micro_batch_tokens=learner.micro_batch_tokens,
         logprob_chunk=learner.logprob_chunk,
         frozen=policy.tower if learner.freeze_vision else 0,
+        reference=learner.kl.coef > 0 and not learner.lora.rank,
     )
+
+
+def memory_of(config: Config, policy: Shape, judge: Shape | None, work: Work) -> dict[str, float]:
+    """GiB of one GPU of each role, at most."""
     engines = config.rollout.engine, config.judge.engine
     held = work.prompt_tokens + work.caption_tokens
     found = {"rollout": engine_gib(policy, held * 8, engines[0].tensor_parallel_size)}
     if judge is not None:
         held = work.caption_tokens + work.questions * work.question_tokens
         found["judge"] = engine_gib(judge, held * 8, engines[1].tensor_parallel_size)
-    return {**found, "learner": learner_gib(policy, how)}
+    return {**found, "learner": learner_gib(policy, learning_of(config, policy))}
 
 
 def seconds_of(config: Config, policy: Shape, judge: Shape | None, work: Work, gpu: Gpu) -> dict[str, float]:
@@ -178,7 +195,7 @@ def _split_table(now: Split | None, best: Split | None, work: Work, config: Conf
         table.add_column(title, justify="right")
     for role in ROLES:
         cells = [
-            f"{found.gpus[role]} GPUs, {found.seconds[role]:.1f} s" if role in found.seconds else "served"
+            f"{found.gpus[role]:g} GPUs, {found.seconds[role]:.1f} s" if role in found.seconds else "served"
             for found in shown.values()
         ]
         table.add_row(role, *cells)

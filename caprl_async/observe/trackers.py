@@ -112,13 +112,15 @@ class Wandb:
             mode=None if keyed or "WANDB_MODE" in os.environ else "offline",
             settings=wandb.Settings(silent=True),
         )
+        # W&B's own step only ever grows, and drops what is made again after going back.
+        self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=step)
+        self._run.log({**metrics, "step": step})
 
     def show(self, step: int, samples: Sequence[Sample]) -> None:
         images = [self._wandb.Image(sample.image, caption=sample.text) for sample in samples]
-        self._run.log({"samples": images}, step=step)
+        self._run.log({"samples": images, "step": step})
 
     def close(self) -> None:
         self._run.finish()

@@ -6,7 +6,7 @@ The rules of thumb, and how far they are from what was measured, are in docs/pla
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from caprl_async.planning.model import Shape
@@ -74,6 +74,7 @@ class Learning:
     micro_batch_tokens: int
     logprob_chunk: int
     frozen: int = 0  # parameters that are not trained
+    reference: bool = False  # the start, held whole on each rank, for the KL
 
 
 # ---------------------------------------------------------------- memory
@@ -94,6 +95,8 @@ def learner_gib(shape: Shape, how: Learning) -> float:
         gradients /= how.ranks
     if how.zero_stage >= 3:
         weights /= how.ranks
+    if how.reference:
+        weights += shape.parameters * how.bytes_per_parameter
     layer = 2 * (4 * shape.inner + 18 * shape.hidden) * how.micro_batch_tokens * how.bytes_per_parameter / 2
     kept = shape.layers * shape.hidden * how.bytes_per_parameter * how.micro_batch_tokens
     activations = kept + layer if how.checkpointing else shape.layers * layer
@@ -150,7 +153,7 @@ def sync_s(shape: Shape, gb_s: float, engines: int) -> float:
 class Split:
     """GPUs of each role, and the seconds that a batch takes each."""
 
-    gpus: Mapping[str, int]
+    gpus: Mapping[str, float]
     seconds: Mapping[str, float]
 
     @property
@@ -163,14 +166,19 @@ class Split:
         return max(self.seconds.values())
 
 
-def split(gpus: Mapping[str, int], alone: Mapping[str, float]) -> Split:
+def split(gpus: Mapping[str, float], alone: Mapping[str, float]) -> Split:
     """`alone`: seconds of a batch on one GPU; a role of no GPU (a served judge) takes none of ours."""
     return Split(dict(gpus), {role: alone[role] / gpus[role] for role in gpus if gpus[role]})
 
 
-def best_split(total: int, units: Mapping[str, int], alone: Mapping[str, float]) -> Split | None:
+def best_split(
+    total: int,
+    units: Mapping[str, int],
+    alone: Mapping[str, float],
+    fits: Callable[[str, int], bool] = lambda role, gpus: True,
+) -> Split | None:
     """The split of `total` GPUs with the fastest batch; a role has multiples of its unit (the GPUs of one
-    engine, or the least of a learner). None if there are too few."""
+    engine), on which it `fits`. None if there are too few."""
     roles = list(units)
     best: Split | None = None
 
@@ -181,7 +189,7 @@ def best_split(total: int, units: Mapping[str, int], alone: Mapping[str, float])
         last = index == len(roles) - 1
         most = left - rest
         for count in range(most - most % units[role] if last else units[role], most + 1, units[role]):
-            if count < units[role]:
+            if count < units[role] or not fits(role, count):
                 continue
             now = {**chosen, role: count}
             if last:

@@ -166,8 +166,10 @@ class TrainFlow:
                 continue
             prompt, texts = life.prompt, captions_to_judge(life, self.config)
             seen = shown_to(self.config, serves, prompt.image)
+            # One further for each prompt that this judge is asked about, also where several take turns.
+            rotation = prompt.index // len(self._judges)
             return JudgeWork(
-                self, prompt.key, prompt.attempt, texts, life.questions, prompt.index, serves, peer, seen
+                self, prompt.key, prompt.attempt, texts, life.questions, rotation, serves, peer, seen
             )
         return None
 

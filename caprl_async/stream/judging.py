@@ -13,6 +13,7 @@ import pyarrow as pa
 from caprl_async.config import JudgeConfig
 from caprl_async.engine.types import EngineDied
 from caprl_async.judge.judge import Judge
+from caprl_async.judge.permutations import rotation_of
 from caprl_async.stream.stage import ModelAway, Row, end_process, on_actors
 from caprl_async.stream.texts import asked_as
 from caprl_async.types import Outcome, Question, Verdict
@@ -70,7 +71,9 @@ def judged_as(row: Row) -> Row:
 
 
 class JudgeStage:
-    """One judge. Questions that it finds unscorable have no score; a row without an answer is a problem."""
+    """One judge. Questions that it finds unscorable have no score; a row without any score is a problem: a
+    server that refuses everything (an account without money) must not pass for a judge.
+    """
 
     def __init__(self, config: JudgeConfig, seed: int) -> None:
         self._judge = Judge.load(config, seed)
@@ -79,14 +82,16 @@ class JudgeStage:
     async def __call__(self, batch: pa.Table) -> pa.Table:
         rows: list[dict[str, Any]] = batch.to_pylist()
         try:
-            every = await asyncio.gather(
-                *(self._judge.judge(row["captions"], questions_of(row)) for row in rows)
-            )
+            every = await asyncio.gather(*map(self._verdicts, rows))
         except EngineDied as error:
             end_process("judge", error)
         for row, verdicts in zip(rows, every, strict=True):
             self._judged(row, verdicts)
         return pa.Table.from_pylist(rows, schema=JUDGED)
+
+    async def _verdicts(self, row: Row) -> Sequence[Sequence[Verdict]]:
+        questions = questions_of(row)
+        return await self._judge.judge(row["captions"], questions, rotation_of(questions))
 
     def _judged(self, row: Row, verdicts: Sequence[Sequence[Verdict]]) -> None:
         """
@@ -95,7 +100,11 @@ class JudgeStage:
         """
         flat = [verdict for one in verdicts for verdict in one]
         down = [verdict for verdict in flat if verdict.outcome is Outcome.JUDGE_DOWN]
-        self._away = self._away + 1 if flat and len(down) == len(flat) else 0
+        if flat and not any(verdict.outcome is Outcome.SCORED for verdict in flat):
+            down = down or flat
+            self._away += 1
+        else:
+            self._away = 0
         if self._away > 200:
             raise ModelAway(f"judge has not answered {self._away} rows in a row: {down[0].reason}")
         if down:

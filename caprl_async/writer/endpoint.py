@@ -72,6 +72,8 @@ class EndpointWriter(Writer):
         drawn = draws(ask, self._config.temperature)
         if len(found) != drawn:
             return Unwritten(f"the server gave {len(found)} of {drawn} answers", again=True)
+        if any(choice.message.content is None for choice in found):
+            return Unwritten("the server's answer has no text (does the model think first?)", again=True)
         return tuple(map(_text, found)) * (ask.n // drawn)
 
     def _body(self, ask: Ask) -> dict[str, Any]:
