@@ -142,8 +142,11 @@ class CapRL(Algorithm):
         assert isinstance(self.config, CapRLConfig)
         in_trial = get_current_placement_group() is not None  # Tune's; this actor is in its first bundle
         self.conf = self.config.as_conf
-        if in_trial:  # what a ring writes stays within its trial
-            self.conf = dataclasses.replace(self.conf, run_dir=self._trial_folder())
+        if in_trial:  # what a ring writes stays within its trial, also when Tune starts it again
+            folder = self._trial_folder()
+            self.conf = dataclasses.replace(
+                self.conf, run_dir=folder, resume=conf.has_run(pathlib.Path(folder))
+            )
         self.ring = Supervisor(self.conf, say=type(self).on_message, first_bundle=1 if in_trial else 0)
         self.learner_group.ring = self.ring
         try:

@@ -293,12 +293,12 @@ class Holding(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Credit(Struct, frozen=True, tag="credit"):
-    """What a rollout or judge holds and could take; a heartbeat with its stage's busy time.
+    """What a rollout or judge holds and takes; a heartbeat with its stage's busy time.
 
     By `holds` a hub that has been restarted finds again what its predecessor had leased.
     """
 
-    free: int  # pieces of work it could take now, over and above what it holds
+    slots: int  # pieces of work it takes at one time
     holds: tuple[Holding, ...] = ()
     version: Version | None = None  # the engine's weights (rollout)
     busy_s: float = 0.0  # since start: seconds in which the engine had work

@@ -121,7 +121,7 @@ def contents(chance: random.Random) -> Any:
     match chance.randrange(8):
         case 0:
             return Credit(
-                free=whole, version=Version(whole, step), busy_s=number, alive_s=number, tokens=whole
+                slots=whole, version=Version(whole, step), busy_s=number, alive_s=number, tokens=whole
             )
         case 1:
             role = chance.choice([Role.ROLLOUT, Role.JUDGE])
@@ -141,7 +141,7 @@ def contents(chance: random.Random) -> Any:
             return BatchRequest(version=Version(chance.choice([0, 0, whole]), chance.choice(WHOLE)))
         case _:
             holds = (Holding(whole, name, whole), Holding(-1, f"train/{chance.randrange(9)}", 0))
-            return Credit(free=-abs(whole) // 2, holds=holds * chance.randrange(1, 99))
+            return Credit(slots=-abs(whole) // 2, holds=holds * chance.randrange(1, 99))
 
 
 def broken(data: bytes, chance: random.Random) -> bytes:

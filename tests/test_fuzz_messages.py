@@ -153,7 +153,7 @@ async def _lie(
     async with bare_socket(address, f"{hello.name}/1") as end:
         while True:
             await end.send(encode(hello))
-            await end.send(encode(Credit(free=1, version=Version(0, 0))))
+            await end.send(encode(Credit(slots=1, version=Version(0, 0))))
             lease = decode_hub(await end.recv())
             if not isinstance(lease, GenerateLease | JudgeLease):
                 continue

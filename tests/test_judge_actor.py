@@ -44,7 +44,7 @@ class LonePeer:
         LonePeer.last = self
 
     async def serve(self, handle: Any, max_in_flight: int, stats: Any) -> None:
-        Credit(free=max_in_flight, **stats())
+        Credit(slots=max_in_flight, **stats())
         self.answered.set_result(await handle(LEASE))
         await asyncio.Event().wait()
 

@@ -56,7 +56,7 @@ def test_a_silent_peer_loses_its_leases_to_another(tmp_path: Path) -> None:
             learner = StubLearner(address)
             async with bare_socket(address, "hung") as socket:
                 await socket.send(encode(hung.hello))
-                await socket.send(encode(Credit(free=2, version=Version(0, 0))))
+                await socket.send(encode(Credit(slots=2, version=Version(0, 0))))
                 await queue.open_admission()
                 for _ in range(2):
                     await socket.recv()
@@ -79,7 +79,7 @@ def test_answers_are_acknowledged_once_taken_and_resending_counts_nothing_twice(
             stub = StubRollout()
             async with bare_socket(address, "x") as socket:
                 await socket.send(encode(stub.hello))
-                await socket.send(encode(Credit(free=1, version=Version(0, 0))))
+                await socket.send(encode(Credit(slots=1, version=Version(0, 0))))
                 await queue.open_admission()
                 lease = msgspec.msgpack.decode(await socket.recv(), type=GenerateLease)
                 answer = encode(await stub.handle(lease))
@@ -102,7 +102,7 @@ def test_garbage_is_dropped_and_counted(tmp_path: Path) -> None:
             for data in (b"", b"\xff\x00garbage", b"\x93" * 100, wrong_type, b"\x81" * 50_000):
                 await socket.send(data)
             await socket.send_multipart([b"two", b"frames"])
-            await socket.send(encode(Credit(free=1)))  # without a Hello
+            await socket.send(encode(Credit(slots=1)))  # without a Hello
             async with connected(address, StubRollout(), StubJudge()):
                 learner = StubLearner(address)
                 await queue.open_admission()

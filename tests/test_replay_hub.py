@@ -229,7 +229,7 @@ def test_a_hello_of_another_role_is_kept_apart(tmp_path: Path) -> None:
             bare_socket(address, "l") as socket,
         ):
             await socket.send(encode(Hello(role=Role.LEARNER, name="learner-0", incarnation="1")))
-            await socket.send(encode(Credit(free=5)))
+            await socket.send(encode(Credit(slots=5)))
             await queue.open_admission()
             await asyncio.sleep(0.3)
             assert await socket.poll(0) == 0

@@ -121,7 +121,7 @@ def test_with_a_hung_judge_nothing_more_is_captioned_until_one_answers(tmp_path:
             learner = StubLearner(address)
             async with bare_socket(address, "hung") as socket:
                 await socket.send(encode(hung.hello))
-                await socket.send(encode(Credit(free=1)))
+                await socket.send(encode(Credit(slots=1)))
                 await queue.open_admission()
                 while not (down := (await queue.status())["judges_down"]):
                     await asyncio.sleep(0.05)
@@ -222,7 +222,7 @@ def test_a_truncated_reply_is_dropped_and_its_work_leased_again(tmp_path: Path) 
             learner = StubLearner(address)
             async with bare_socket(address, "cut off") as socket:
                 await socket.send(encode(stub.hello))
-                await socket.send(encode(Credit(free=1)))
+                await socket.send(encode(Credit(slots=1)))
                 await queue.open_admission()
                 lease = msgspec.msgpack.decode(await socket.recv(), type=JudgeLease)
                 await socket.send(encode(await stub.handle(lease))[:-20])

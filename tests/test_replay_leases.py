@@ -18,7 +18,7 @@ def hello(name: str = "rollout-0", incarnation: str = "1") -> Hello:
 def joined(**options: Any) -> Leases:
     leases = Leases(lease_timeout_s=100.0, peer_timeout_s=10.0)
     assert leases.hello(b"a", hello(**options), 0.0) == []
-    leases.peers["rollout-0"].credit(Credit(free=3))
+    leases.peers["rollout-0"].credit(Credit(slots=3))
     return leases
 
 
@@ -27,9 +27,8 @@ def test_work_in_transit_is_not_given_again_for_the_same_slot() -> None:
     peer = leases.peers["rollout-0"]
     for _ in range(3):
         leases.grant(peer, WORK, 0.0)
-    peer.credit(Credit(free=3))  # sent before the leases arrived
+    peer.credit(Credit(slots=3))  # sent before the leases arrived
     assert peer.available == 0
-    peer.credit(Credit(free=0))
     assert leases.answered(peer, 2) is not None
     assert peer.available == 1
     assert leases.answered(peer, 2) is None  # resent
@@ -77,7 +76,7 @@ def test_an_answer_of_another_peer_is_not_taken() -> None:
 def test_busy_share_is_of_the_last_seconds() -> None:
     peer = joined().peers["rollout-0"]
     for second in range(60):
-        peer.credit(Credit(free=3, alive_s=float(second), busy_s=float(min(second, 40) * 0.5)))
+        peer.credit(Credit(slots=3, alive_s=float(second), busy_s=float(min(second, 40) * 0.5)))
     share = peer.busy_share()
     assert share is not None
     assert share < 0.1

@@ -80,6 +80,28 @@ def test_a_rollback_voids_later_rows_and_keeps_them(tmp_path: Path) -> None:
         assert rows.execute("select count(*) from events where event = 'trained'").fetchone() == (4,)
 
 
+def test_a_prompt_that_is_older_than_those_that_ended_keeps_its_place_when_they_are_folded(
+    tmp_path: Path,
+) -> None:
+    ledger = Ledger(tmp_path / "l")
+    live(ledger, 0, *WHOLE)
+    live(ledger, 1, Event.ADMITTED, Event.GENERATING)
+    live(ledger, 2, *WHOLE)
+    assert ledger.fold(ledger.position) == 1
+    before = ledger.audit(0)
+    assert (before["admitted"], before["outstanding"], before["ended"]) == (3, 1, {"trained": 2})
+    assert before["violations"] == []
+    ledger.close()
+    again = Ledger(tmp_path / "l")
+    live(again, 1, *WHOLE[2:])
+    live(again, 3, *WHOLE)
+    assert again.fold(again.position) == 3
+    assert again.audit(0)["ended"] == {"trained": 4}
+    again.roll_back(0, Version(1, 0))
+    live(again, 0, *WHOLE)
+    assert again.audit(0) == {**again.audit(0), "admitted": 1, "ended": {"trained": 1}, "violations": []}
+
+
 def test_a_checkpoint_beyond_the_end_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match="cut short or replaced"):
         Ledger(tmp_path / "l").roll_back(7, Version(1, 0))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sqlite3
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,9 @@ class Mortal(World):
             self.saved = save(self.flow), len(self.batches)
         elif choice % 29 == 9 and self.saved is not None:
             self.go_back()
+        elif choice % 29 == 15 and self.saved is not None:
+            self.commit()
+            self.ledger.fold(self.saved[0].position)
         else:
             super().step(choice)
 
@@ -218,6 +223,87 @@ def test_old_prompts_become_totals_when_the_ledger_is_too_large(tmp_path: Path) 
                 rollout.version = Version(1, step + 1)
             audit = await queue.audit()
             assert (audit["violations"], audit["ended"]["trained"]) == ([], 16)
+
+    run(whole())
+
+
+def test_work_that_is_handed_out_while_a_checkpoint_is_read_is_of_the_old_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def whole() -> None:
+        config = make_config(tmp_path)
+        rollout, judge = StubRollout(), StubJudge()
+        async with running(config, tmp_path) as (queue, address), connected(address, rollout, judge):
+            learner = StubLearner(address)
+            await queue.open_admission()
+            await turn(queue, learner, rollout, 0)
+            judge.delay = lambda: 0.05
+            (tmp_path / "cut").mkdir()
+            await queue.save(str(tmp_path / "cut"))
+            assert read_saved(tmp_path / "cut").outstanding
+            put = queue._put
+
+            def slow(*args: Any) -> Prepared:
+                time.sleep(0.1)
+                return put(*args)
+
+            monkeypatch.setattr(queue, "_put", slow)
+            await queue.restore(str(tmp_path / "cut"), Version(1, 1))
+            rollout.version = Version(1, 1)
+            for step in range(1, 4):
+                assert await learner.batch(Version(1, step)) is not None
+                await queue.trained(Version(1, step + 1), 0.0, 1.0)
+                rollout.version = Version(1, step + 1)
+            audit = await queue.audit()
+            assert (audit["violations"], audit["doubled"]) == ([], 0)
+
+    run(whole())
+
+
+def test_what_an_audit_makes_durable_can_be_gone_on_from(tmp_path: Path) -> None:
+    async def whole() -> None:
+        config = make_config(tmp_path)
+        async with (
+            running(config, tmp_path) as (queue, address),
+            connected(address, StubRollout(), StubJudge()),
+        ):
+            await queue.open_admission()
+            for _ in range(40):
+                await queue.audit()
+                shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+                (tmp_path / "copy").mkdir()
+                for file in tmp_path.glob("ledger.sqlite*"):
+                    shutil.copy(file, tmp_path / "copy" / file.name)
+                ledger = Ledger(tmp_path / "copy" / "ledger.sqlite")
+                flow = TrainFlow(config, ledger, lambda source, text: None)
+                recover(
+                    flow, [queue._put(queue._train, i, queue._sampler.row_at(i)) for i in ledger.lives.live]
+                )
+                assert flow.queue.cursor == ledger.lives.newest + 1
+                ledger.close()
+                if ledger.lives.admitted >= 8:
+                    break
+                await asyncio.sleep(0.02)
+            assert ledger.lives.admitted
+
+    run(whole())
+
+
+def test_a_run_folder_of_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
+    async def whole() -> None:
+        config = make_config(tmp_path)
+        rollout = StubRollout()
+        async with running(config, tmp_path) as (queue, address), connected(address, rollout, StubJudge()):
+            learner = StubLearner(address)
+            await queue.open_admission()
+            await turn(queue, learner, rollout, 0)
+            (tmp_path / "cut").mkdir()
+            await queue.save(str(tmp_path / "cut"))
+        async with running(config, tmp_path) as (queue, _):
+            with pytest.raises(LedgerError, match="holds another run"):
+                await queue.open_admission()
+            await queue.restore(str(tmp_path / "cut"), Version(1, 1))  # as CapRL.from_checkpoint does
+            await queue.open_admission()
 
     run(whole())
 

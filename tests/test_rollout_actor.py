@@ -94,7 +94,7 @@ def test_leases_become_groups_and_failures_become_answers(model: str, tmp_path: 
         first, again = await asyncio.gather(ring.actor.start(), ring.actor.start())
         assert first == again == {"name": "rollout-0", "model": model, "version": "0.0"}
         credit = await ring.hear(Credit)
-        assert (credit.free, credit.version) == (3, Version(0, 0))
+        assert (credit.slots, credit.version) == (3, Version(0, 0))
         assert ring.hello is not None
         assert (ring.hello.role, ring.hello.name) == (Role.ROLLOUT, "rollout-0")
 

@@ -47,7 +47,9 @@ def overlap_from_ledger(path: Path) -> float:
 
 
 def spans(rows: Iterable[EventRow]) -> tuple[list[Span], list[Span]]:
-    """The steps, and the groups that were trained on, from a ledger's rows."""
+    """The steps, and the groups that were trained on, from a ledger's rows; not the steps whose groups' rows
+    are no longer kept.
+    """
     steps: list[Span] = []
     groups: list[Span] = []
     generated: dict[str, tuple[float, float]] = {}  # of the newest attempt
@@ -59,4 +61,5 @@ def spans(rows: Iterable[EventRow]) -> tuple[list[Span], list[Span]]:
         elif row.event is Event.TRAINED:
             # A batch is named by the version it starts from, a step by the version it makes.
             groups.append((row.version.step + 1, *generated[row.key]))
-    return steps, groups
+    first = min((step for step, _, _ in groups), default=0)
+    return [step for step in steps if step[0] >= first], groups

@@ -22,7 +22,7 @@ from caprl_async.data.load import load_rows
 from caprl_async.data.rows import REJECTS, Dataset, Reject, Row, append_rejects
 from caprl_async.data.sampler import PromptSampler
 from caprl_async.data.video import FrameLimits, check_videos, keep_row
-from caprl_async.judge.panel import panel
+from caprl_async.judge.panel import FIRST, panel
 from caprl_async.process import call_me, whereabouts
 from caprl_async.replay.dispatch import Dispatch
 from caprl_async.replay.eval_spec import EvalResult, EvalSpec
@@ -55,7 +55,7 @@ class ReplayQueue:
 
     Raises:
         DataError: the training data cannot be used.
-        LedgerError: `run_dir` holds another run's ledger and `resume` is off.
+        LedgerError: the ledger in `run_dir` cannot be read.
     """
 
     def __init__(self, config: Config, run_dir: str) -> None:
@@ -107,16 +107,9 @@ class ReplayQueue:
 
         Args:
             again: this hub takes the place of one of the same run that died, and goes on where that was.
-
-        Raises:
-            LedgerError: `run_dir` holds another run's ledger and neither `again` nor `resume` is on.
         """
         if again:
             await self._go_on()
-        elif self._inherited and not self._config.resume:
-            raise LedgerError(
-                f"{self._ledger.path} holds another run; go on with it by resume=true or take another run_dir"
-            )
         address = self._socket.start(bind_host, keys, port)
         call_me("replay-queue")
         for loop in (self._receive(), self._tick(), *([self._prepare()] if len(self._train) else [])):
@@ -149,8 +142,16 @@ class ReplayQueue:
         self._socket.close()
 
     async def open_admission(self) -> None:
-        """Lets prompts flow. A resumed run without a checkpoint begins at the beginning."""
+        """Lets prompts flow. A resumed run without a checkpoint begins at the beginning.
+
+        Raises:
+            LedgerError: `run_dir` holds another run, which was neither restored nor is to be resumed.
+        """
         self._check()
+        if self._inherited and not self._config.resume:
+            raise LedgerError(
+                f"{self._ledger.path} holds another run; go on with it by resume=true or take another run_dir"
+            )
         if self._inherited:
             self._ledger.roll_back(0, self._flow.version)
             self._inherited = False
@@ -291,7 +292,11 @@ class ReplayQueue:
             record_batch(self._run_dir / "batches", cut)
         # While the learner trains: it would wait for its end otherwise.
         self._reading = (cut.batch.version, self._read(cut.batch.version))
-        self._examiner.trained_on(self._flow.measured(cut.batch.version).numbers["accuracy_all_mean"])
+        numbers = self._flow.measured(cut.batch.version).numbers
+        # Of the judge that the probe asks too: others of `judge.also` may be more generous.
+        asked = f"accuracy_{FIRST}" if self._config.judge.also else "accuracy_all_mean"
+        if asked in numbers:
+            self._examiner.trained_on(numbers[asked])
         self._ledger.write_note(_PROBE, self._examiner.state())
         self._examiner.probe(self._guard)
 
@@ -351,6 +356,7 @@ class ReplayQueue:
     async def audit(self) -> dict[str, Any]:
         """Reads the ledger afresh; see `events.audit_rows`."""
         self._check()
+        self._commit()
         return self._ledger.audit(self._config.replay.max_staleness)
 
     async def save(self, folder: str) -> None:
@@ -375,6 +381,7 @@ class ReplayQueue:
         if self._ledger.megabytes() > self._config.replay.ledger_mb:
             saved = await asyncio.to_thread(read_saved, Path(oldest))
             if saved.ledger == self._ledger.identity:
+                self._commit()  # with the note that belongs to the rows
                 self._ledger.fold(saved.position)
 
     async def restore(self, folder: str | None, version: Version) -> None:
@@ -389,6 +396,8 @@ class ReplayQueue:
         self._learners.clear()
         rows = [(index, self._sampler.row_at(index)) for index in saved.outstanding]
         again = await asyncio.to_thread(lambda: [self._put(self._train, index, row) for index, row in rows])
+        # What has been handed out meanwhile is of the line that ends here; nothing may come in between.
+        self._dispatch.revoke(lambda work: work.owner is self._flow)
         restore(self._flow, saved, version, again)
         self._examiner.stop_probe()  # of weights that are rolled back
         if saved.probe is not None:

@@ -26,7 +26,6 @@ class PeerState:
     seen: float
     alive: bool = True
     slots: int = 0  # pieces of work it holds at most
-    free: int = 0  # as it last said
     version: Version | None = None
     held: set[int] = field(default_factory=set)
     beats: deque[tuple[float, float, int, int]] = field(  # alive, busy, tokens, cached
@@ -40,11 +39,7 @@ class PeerState:
 
     def credit(self, credit: Credit) -> None:
         """Takes in a heartbeat."""
-        self.free = credit.free
-        self.version = credit.version
-        total = credit.free + len(self.held)
-        # While it holds work, `free` may not yet count what is in transit: it can only prove fewer slots.
-        self.slots = min(self.slots, total) if self.held else total
+        self.slots, self.version = credit.slots, credit.version
         self.beats.append((credit.alive_s, credit.busy_s, credit.tokens, credit.cached_tokens))
         while len(self.beats) > 2 and credit.alive_s - self.beats[0][0] > _WINDOW_S:
             self.beats.popleft()

@@ -67,7 +67,7 @@ create table if not exists notes(name text primary key, value text);
 create table if not exists journal(key text primary key, attempt integer, stage text, data blob);
 create table if not exists spreads(question_id text primary key, variance real);
 """
-_FOLDED = "folded"
+_FOLDED, _POSITION = "folded", "position"
 _BUSY_S = 5.0  # a reader that copies the file may hold it for so long
 
 
@@ -101,7 +101,8 @@ class Ledger:
             self._db.executescript(_SCHEMA)
             self._db.execute("insert or ignore into notes values('id', ?)", (uuid.uuid4().hex,))
             self.identity: str = self.note("id")
-            self.position: int = self._db.execute("select coalesce(max(seq), 0) from events").fetchone()[0]
+            newest = self._db.execute("select coalesce(max(seq), 0) from events").fetchone()[0]
+            self.position: int = max(newest, self.read_note(_POSITION) or 0)  # that row may be folded
             self.lives = self._replay()
         except sqlite3.Error as error:
             raise LedgerError(f"{path}: {error}") from error
@@ -149,7 +150,8 @@ class Ledger:
             )
 
     def roll_back(self, position: int, version: Version) -> None:
-        """Voids every row after `position`, by a row; prompts are again in the state they had there.
+        """Voids every row after `position`, by a row; prompts are again in the state they had there. At 0
+        there are none, also of those whose rows are no longer kept.
 
         Raises:
             LedgerError: the file has no such position.
@@ -161,6 +163,8 @@ class Ledger:
             )
         self._insert("", None, None, Event.EPOCH, version, {"voids_after": position})
         self._run("delete from journal")
+        if position == 0:
+            self._keep_folded(Totals())
         self.lives = self._replay()
 
     def begin_elsewhere(self, ended: int, newest: int, version: Version) -> None:
@@ -243,6 +247,9 @@ class Ledger:
     def fold(self, before: int) -> int:
         """Replaces the rows of prompts that had ended at row `before` by their totals; returns how many.
 
+        Those that came after one that is still on its way there stay too: the totals are of all prompts up to
+        an index.
+
         `before` must not lie behind the oldest position that `roll_back` may still be asked for.
         """
         self.commit()
@@ -250,7 +257,8 @@ class Ledger:
         rows = [row for row in self.rows() if row.seq <= before]
         kept = surviving(rows)
         states = replay(kept, totals)
-        keys = {row.key for row in kept if row.index is not None and row.index not in states.live}
+        oldest = min(states.live, default=states.newest + 1)
+        keys = {row.key for row in kept if row.index is not None and row.index < oldest}
         if not keys:
             return 0
         gone = [row for row in kept if row.key in keys]
@@ -258,10 +266,11 @@ class Ledger:
             event: Counter(row.detail["reason"] for row in gone if row.event is event)
             for event in (Event.EVICTED, Event.RETRIED)
         }
+        ended = Counter(row.event.value for row in gone if row.event in (Event.TRAINED, Event.EVICTED))
         totals = Totals(
             admitted=totals.admitted + len(keys),
             newest=max([totals.newest, *(row.index for row in gone if row.index is not None)]),
-            ended=dict(states.ended),
+            ended=dict(Counter(totals.ended) + ended),
             evicted=dict(Counter(totals.evicted) + reasons[Event.EVICTED]),
             retried=dict(Counter(totals.retried) + reasons[Event.RETRIED]),
         )
@@ -269,6 +278,7 @@ class Ledger:
             for table in ("events", "judged", "samples"):
                 self._run(f"delete from {table} where seq = ?", seq)
         self._keep_folded(totals)
+        self.write_note(_POSITION, self.position)
         self.commit()
         return len(keys)
 

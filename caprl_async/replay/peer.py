@@ -76,9 +76,8 @@ class Peer:
         self._serving = asyncio.current_task()
 
         async def credit() -> None:
-            free = max(0, max_in_flight - len(self._running))
             holds = tuple(self._holds.values())
-            await self._socket.send(encode(Credit(free=free, holds=holds, **stats())))
+            await self._socket.send(encode(Credit(slots=max_in_flight, holds=holds, **stats())))
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -209,8 +208,9 @@ class LearnerPeer:
         with self._lock:
             while True:
                 self._follow()
-                self._socket.send(self._hello)
-                self._socket.send(request)
+                with suppress(zmq.Again):  # the hub has been away for long: what waits for it is enough
+                    self._socket.send(self._hello, zmq.DONTWAIT)
+                    self._socket.send(request, zmq.DONTWAIT)
                 answered, batch = self._wait(version, time.monotonic() + _RESEND_S)
                 if answered:
                     return batch

@@ -64,6 +64,8 @@ class Checkpoints:
     def finish(self, partial: Path, digests: Mapping[str, tuple[int, str]]) -> Path:
         """Gives it its final name and drops the oldest; `digests` are of its files that are known already.
 
+        Later steps' are dropped too: the ring went back behind them, as they are damaged or by a restore.
+
         Raises:
             OSError: the disk is full.
         """
@@ -72,8 +74,11 @@ class Checkpoints:
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         sync_folder(self.folder)
-        for old in self.all()[: -self._keep]:
-            shutil.rmtree(old)
+        every = self.all()
+        kept = [folder for folder in every if step_of(folder) <= step_of(final)][-self._keep :]
+        for folder in every:
+            if folder not in kept:
+                shutil.rmtree(folder)
         return final
 
     def abandon(self, partial: Path) -> None:
@@ -92,6 +97,11 @@ class Checkpoints:
                 return folder
             say(f"{folder} cannot be used: {wrong}")
         return None
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint's folder is named by."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def _files(folder: Path) -> list[str]:

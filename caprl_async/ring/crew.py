@@ -191,6 +191,10 @@ class Crew:
             )
             self._cannot_go_on(name, error)
 
+    def _may_try_again(self, name: str) -> bool:
+        """Whether an actor that could not be started is to be started afresh."""
+        return name != HUB and self.deaths[name] < self.config.ring.restarts
+
     def _cannot_go_on(self, name: str, error: RingFailed) -> None:
         """An actor is not to be started again; no ring goes on without one that it began with."""
         raise error
@@ -231,7 +235,11 @@ class Crew:
             except ActorLost:
                 continue  # dead again: its next sign of life leads to `_revive`
             except RingFailed as error:
-                self._cannot_go_on(name, error)
+                if self._watch is None or not self._may_try_again(name):
+                    self._cannot_go_on(name, error)
+                else:  # its predecessor's GPU memory may not have been free yet
+                    self._say(f"{error}; trying again")
+                    self._watch.kill(name)
                 continue
             self._say(f"{name} is back")
             if name == HUB:
@@ -318,7 +326,9 @@ class Crew:
         while True:
             try:
                 return self.get_all([getattr(self.hub, method).remote(*args)], HUB, on_wait)[0]
-            except ActorLost:
+            except ActorLost as error:
+                if isinstance(error.__cause__, RayActorError) and error.__cause__.actor_init_failed:
+                    raise RingFailed(str(error)) from error  # Ray will not try to make it again
                 self._pause()
             except RingFailed as error:
                 if out_of_memory(error) and self._watch is not None:

@@ -86,6 +86,9 @@ class Elastic(Crew):
         if name.startswith("rollout"):
             self.weights.open()
 
+    def _may_try_again(self, name: str) -> bool:
+        return name not in self._extras and super()._may_try_again(name)
+
     def _cannot_go_on(self, name: str, error: RingFailed) -> None:
         """The ring goes on without one that joined; it leaves when nothing is being sent."""
         if name not in self._extras:

@@ -20,7 +20,7 @@ from caprl_async.judge.panel import panel
 from caprl_async.learner.actor import StepReport
 from caprl_async.replay.eval_spec import EvalResult, EvalSpec
 from caprl_async.replay.saved import read_saved
-from caprl_async.ring.checkpoints import RING, Checkpoints
+from caprl_async.ring.checkpoints import RING, Checkpoints, step_of
 from caprl_async.ring.elastic import Elastic
 from caprl_async.ring.errors import LearnersLost, RingFailed, SaveFailed
 from caprl_async.types import FOREIGN, Version
@@ -45,6 +45,7 @@ class Supervisor(Elastic):
         """`first_bundle` is the first bundle of the current placement group that is not the driver's own."""
         super().__init__(config, say, first_bundle)
         self.checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", config.checkpoint.keep)
+        self._restored: tuple[Path, int] | None = None  # the last cut that was asked for, and its step
         self._foreign: str | None = None  # the checkpoint whose weights the engines show instead of the run's
         self._saving: list[Any] = []  # ranks that still write
         self._next_word, self._next_look = _FIRST_WORD_S, _LOOK_S
@@ -53,7 +54,7 @@ class Supervisor(Elastic):
 
     def open_admission(self) -> None:
         """Lets prompts flow; before this the engines are ready and idle."""
-        self.ask_hub("open_admission")
+        self._surviving(lambda: self.ask_hub("open_admission"))
 
     def step(self) -> dict[str, float]:
         """Trains on one batch and starts sending the new weights; returns the step's metrics, flat.
@@ -104,7 +105,7 @@ class Supervisor(Elastic):
 
     def has_references(self) -> bool:
         """True if held-out rows come with reference captions, which give the ceiling of the result table."""
-        return bool(self.ask_hub("references"))
+        return bool(self._surviving(lambda: self.ask_hub("references")))
 
     def show_weights_of(self, checkpoint: str | None) -> None:
         """Puts another checkpoint's weights into the engines for an evaluation; None: the run's own again."""
@@ -121,9 +122,13 @@ class Supervisor(Elastic):
 
     def finish(self) -> None:
         """No more batches: what is in flight is let go."""
-        self._surviving(self.weights.settle)
-        self.ask_hub("pause_admission")
-        self.ask_hub("finish")
+
+        def let_go() -> None:
+            self.weights.settle()
+            self.ask_hub("pause_admission")
+            self.ask_hub("finish")
+
+        self._surviving(let_go)
 
     def status(self) -> dict[str, Any]:
         """The queue's view of the ring."""
@@ -132,7 +137,7 @@ class Supervisor(Elastic):
 
     def audit(self) -> dict[str, Any]:
         """What the ledger says of every prompt so far; see `replay.events.audit_rows`."""
-        result: dict[str, Any] = self.ask_hub("audit")
+        result: dict[str, Any] = self._surviving(lambda: self.ask_hub("audit"))
         return result
 
     # ------------------------------------------------------------ checkpoints
@@ -185,6 +190,7 @@ class Supervisor(Elastic):
     def restore(self, path: Path) -> None:
         """Goes back to a saved cut; a new epoch begins and every engine gets the restored weights."""
         self._surviving(lambda: self._load(path))
+        self._restored = path, self.version.step
 
     def _load(self, path: Path | None) -> None:
         """To a cut, or, with fresh ranks, to the start."""
@@ -201,7 +207,7 @@ class Supervisor(Elastic):
         """Lets the queue drop from its ledger what no kept checkpoint needs, if that has grown too large."""
         kept = self.checkpoints.all()
         if kept:
-            self.ask_hub("trim", str(kept[0] / RING))
+            self._surviving(lambda: self.ask_hub("trim", str(kept[0] / RING)))
 
     # ------------------------------------------------------------ when a learner rank dies
 
@@ -227,8 +233,12 @@ class Supervisor(Elastic):
         self._saving = []
         self.restart_learners(str(error))
         folder = self.checkpoints.newest_sound(self._say)
-        self._say(f"going back to {folder or 'the start: there is no checkpoint yet'}")
-        self._load(folder / RING if folder is not None else None)
+        cut = folder / RING if folder is not None else None
+        restored, step = self._restored or (None, 0)
+        if restored is not None and restored.is_dir() and (folder is None or step_of(folder) < step):
+            cut = restored  # which may lie anywhere
+        self._say(f"going back to {cut.parent if cut else 'the start: there is no checkpoint yet'}")
+        self._load(cut)
         if self._foreign is not None:
             self._show()
 
