@@ -52,7 +52,7 @@ def test_the_algorithm_trains_evaluates_saves_and_goes_back(tmp_path: Path) -> N
         shutil.rmtree(tmp_path / "run" / "checkpoints", ignore_errors=True)  # it needs its own alone
         algorithm = CapRL.from_checkpoint(path)
         assert algorithm.iteration == 2
-        assert algorithm.ring.version == Version(1, 2)
+        assert algorithm.ring.version == Version(2, 2)
         assert algorithm.train()["training_iteration"] == 3
     finally:
         algorithm.stop()
