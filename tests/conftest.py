@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,10 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     from caprl_async.ring.supervisor import Supervisor
+
+# As `engine.build` sets it before it imports vLLM, which another test of this process may have imported: its
+# sampler would be compiled, and that needs a compiler.
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
 # A slow machine is no failure.
 settings.register_profile("untimed", deadline=None)
