@@ -43,11 +43,11 @@ def run(coroutine: Any, timeout: float = 40.0) -> Any:
     return asyncio.run(asyncio.wait_for(coroutine, timeout))
 
 
-async def turn(queue: Any, learner: StubLearner, rollout: StubRollout, step: int) -> Any:
+async def turn(queue: Any, learner: StubLearner, rollout: StubRollout, step: int, epoch: int = 0) -> Any:
     """One learner step: the batch, then the new version at hub and engine."""
-    batch = await learner.batch(Version(0, step))
-    await queue.trained(Version(0, step + 1), 10.0 + step, 11.0 + step)
-    rollout.version = Version(0, step + 1)
+    batch = await learner.batch(Version(epoch, step))
+    await queue.trained(Version(epoch, step + 1), 10.0 + step, 11.0 + step)
+    rollout.version = Version(epoch, step + 1)
     return batch
 
 

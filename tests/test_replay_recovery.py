@@ -251,9 +251,7 @@ def test_work_that_is_handed_out_while_a_checkpoint_is_read_is_of_the_old_line(
             await queue.restore(str(tmp_path / "cut"), Version(1, 1))
             rollout.version = Version(1, 1)
             for step in range(1, 4):
-                assert await learner.batch(Version(1, step)) is not None
-                await queue.trained(Version(1, step + 1), 0.0, 1.0)
-                rollout.version = Version(1, step + 1)
+                assert await turn(queue, learner, rollout, step, epoch=1) is not None
             audit = await queue.audit()
             assert (audit["violations"], audit["doubled"]) == ([], 0)
 

@@ -30,10 +30,8 @@ def test_a_restart_from_a_cut_trains_every_prompt_once(tmp_path: Path) -> None:
             await queue.open_admission()
             trained: list[int] = []
             for step in (1, 2, 3):
-                batch = await learner.batch(Version(1, step))
+                batch = await turn(queue, learner, rollout, step, epoch=1)
                 trained += [scored.index for scored in batch.groups]
-                await queue.trained(Version(1, step + 1), 0.0, 1.0)
-                rollout.version = Version(1, step + 1)
             assert sorted(trained) == list(range(4, 16))
             audit = await queue.audit()
             assert audit["violations"] == []

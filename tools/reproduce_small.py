@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,11 +26,9 @@ import init_vlm
 import small_data
 import small_rater
 
+_program = small_rater.program
+
 TINY = Path(caprl_async.__file__).parent / "tiny"
-_UNMEASURED = (
-    *("data.heldout=", "evaluate.heldout_judge.model=", "evaluate.heldout_judge.data="),
-    *("evaluate.interval=0", "evaluate.program="),
-)
 _RL = ("conf=conf/demo.yaml", "steps=50", "evaluate.dense_policy=", "evaluate.interval=0")
 _SFT = ("conf=conf/sft_demo.yaml", "evaluate.interval=0", "sft.validation=")
 _LONGER = (*_SFT, "steps=400")
@@ -85,7 +82,7 @@ def _pretrained(name: str, what: str, captions: str) -> Arm:
         *("pretrain.align.prompt=describe the image .", "pretrain.further.prompt=describe the image ."),
         *("policy.model={data}/init", "sft.validation_images=0", "sft.interval=1000"),
     )
-    overrides = ("conf=conf/sft_demo.yaml", "job=pretrain", *_UNMEASURED, *stages)
+    overrides = ("conf=conf/sft_demo.yaml", "job=pretrain", *small_rater.UNMEASURED, *stages)
     return Arm(f"pretrain-{name}", what, overrides, "loss")
 
 
@@ -257,16 +254,6 @@ def _make_larger(folder: Path) -> None:
     checkpoint = folder.with_suffix(".pt")
     train_captions(model, "sparse", 1000, checkpoint, report, peak=3e-4, floor=3e-5, seed=1)
     save_model(model, folder, vision=True)
-
-
-def _program(*arguments: str) -> None:
-    """
-    Raises:
-        SystemExit: it failed.
-    """
-    done = subprocess.run([sys.executable, "-m", "caprl_async.run", *arguments])
-    if done.returncode:
-        raise SystemExit(f"{' '.join(arguments)}: ended with {done.returncode}")
 
 
 # ---------------------------------------------------------------- the table

@@ -33,8 +33,24 @@ from caprl_async.writer.types import Ask, Unwritten
 from caprl_async.writer.writer import load_writer
 
 _MODELS = Path(caprl_async.__file__).parent / "tiny" / "models"
+UNMEASURED = (
+    *("data.heldout=", "evaluate.heldout_judge.model=", "evaluate.heldout_judge.data="),
+    *("evaluate.interval=0", "evaluate.program="),
+)
+"""Of a run that nobody captions held-out images for."""
 CRITERIA = weights_of(ImageRef(sha256="", path=""))
 _MOST = 5
+
+
+def program(*arguments: str) -> None:
+    """Runs `python -m caprl_async.run`.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    done = subprocess.run([sys.executable, "-m", "caprl_async.run", *arguments])
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)}: ended with {done.returncode}")
 
 
 def rough_caption(world: World, rng: random.Random) -> str:
@@ -147,13 +163,10 @@ def make(folder: Path, overrides: Sequence[str] = ()) -> Path:
         training = (
             *("conf=conf/sft_demo.yaml", f"run_dir={run}", f"policy.model={folder / 'start'}"),
             *(f"sft.data={folder / 'ratings.parquet'}", "sft.validation=", "steps=4000", "sft.interval=100"),
-            *("data.heldout=", "evaluate.heldout_judge.model=", "evaluate.heldout_judge.data="),
-            *("evaluate.interval=0", "evaluate.program=", "learner.lr=1e-3", "learner.warmup_steps=100"),
+            *(*UNMEASURED, "learner.lr=1e-3", "learner.warmup_steps=100"),
             *(["resume=true"] if (run / "ledger.sqlite").is_file() else []),
         )
-        done = subprocess.run([sys.executable, "-m", "caprl_async.run", *training, *overrides])
-        if done.returncode:
-            raise SystemExit(f"the rater's training ended with {done.returncode}")
+        program(*training, *overrides)
     return run / "model"
 
 
@@ -170,8 +183,9 @@ def agreement(model: Path, images: int = 200, captions: int = 4) -> dict[str, fl
     for number in range(images):
         rng = random.Random(f"rated-{number}")
         world = sample_world(rng)
+        image = ImageData.of(image_bytes(world))
         for caption in [rough_caption(world, rng) for _ in range(captions)]:
-            asks.append(Ask(rating_prompt(caption, CRITERIA), ImageData.of(image_bytes(world))))
+            asks.append(Ask(rating_prompt(caption, CRITERIA), image))
             right = true_rating(caption, world)
             truths.append(sum(weight * right[name] for name, weight in CRITERIA.items()))
     tiny = conf.load(["conf=conf/demo.yaml"])

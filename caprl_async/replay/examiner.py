@@ -92,9 +92,8 @@ class Examiner:
         prepared = await asyncio.to_thread(lambda: [self._put(data, i, row) for i, row in enumerate(rows)])
         run, done = EvalRun(spec, self._config, prepared, questions, self._on_error), asyncio.Event()
         # Who lost a learner meanwhile asks again, and waits no more for what was asked before.
-        _, forgotten = self._evals.pop(spec.name, (run, done))
-        if forgotten is not done:
-            forgotten.set()
+        if earlier := self._evals.get(spec.name):
+            earlier[1].set()
         self._evals[spec.name] = (run, done)
         try:
             self._check()
