@@ -6,7 +6,7 @@ import asyncio
 import random
 import socket
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ from caprl_async.types import (
 )
 
 FLOOD = 2000
+WITHOUT_KEYS = b"\xff" + bytes(8) + b"\x7f\x03\0NULL" + bytes(60)
+"""A greeting of our protocol that asks for no security."""
 
 
 @asynccontextmanager
@@ -53,16 +55,13 @@ async def strangers(address: HubAddress) -> AsyncIterator[None]:
     context, chance = zmq.asyncio.Context(), random.Random(0)
     public, secret = zmq.curve_keypair()
     hello = encode(Hello(role=Role.LEARNER, name="stranger", incarnation="1"))
-    greetings = [
-        b"GET / HTTP/1.1\r\n\r\n",
-        b"\x16\x03\x01\x02",
-        b"\xff" + bytes(8) + b"\x7f\x03\0NULL" + bytes(60),
-    ]
+    greetings = [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02", WITHOUT_KEYS]
     try:
         for changes in ({"client_key": public, "client_secret": secret}, {"server_key": public}):
             await connect(context, replace(address, **changes), "stranger").send(hello)
         for options in ({}, {"plain_username": b"a", "plain_password": b"b"}):
             dealer = context.socket(zmq.DEALER)
+            dealer.linger = 0
             for name, value in options.items():
                 setattr(dealer, name, value)
             dealer.connect(address.endpoint)
@@ -91,6 +90,26 @@ def test_strangers_are_counted_and_not_heard(tmp_path: Path) -> None:
         assert set(status["peers"]) == {"rollout-0", "judge-0", "learner-0"}
         assert status["metrics"]["messages_refused"] >= 20
         assert (status["messages"]["dropped"], status["unexpected"]) == (0, 0)
+
+    run(whole())
+
+
+def test_strangers_do_not_hold_up_the_hub_while_its_loop_is_busy() -> None:
+    async def whole() -> int:
+        hub = HubSocket()
+        address = hub.start("127.0.0.1", HubKeys.make())
+        port = int(address.endpoint.rpartition(":")[2])
+        try:
+            for _ in range(FLOOD + 200):  # more than a socket queues unless it is told to
+                with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
+                    raw.sendall(WITHOUT_KEYS)
+                    with suppress(ConnectionResetError):
+                        while raw.recv(1024):  # until the hub has refused it
+                            pass
+            while hub.refused < FLOOD + 200:
+                await asyncio.sleep(0.01)
+        finally:
+            hub.close()
 
     run(whole())
 

@@ -112,7 +112,11 @@ class HubSocket:
         self._socket.sndhwm = self._socket.rcvhwm = 0  # bounded by credit, and ROUTER would drop silently
         self._socket.maxmsgsize = _MAX_MESSAGE
         self._socket.monitor(_REFUSALS, _REFUSED)
-        self._counting = asyncio.create_task(self._count_refused())
+        # The socket's own thread waits until its event is taken: connected at once, and without a limit.
+        events = self._context.socket(zmq.PAIR)
+        events.rcvhwm = 0
+        events.connect(_REFUSALS)
+        self._counting = asyncio.create_task(self._count_refused(events))
         host = _node_address() if host == "auto" else host
         return HubAddress(
             endpoint=f"tcp://{host}:{self._bind(host, port)}",
@@ -136,12 +140,10 @@ class HubSocket:
         """Asked by the authenticator for every connection: `key` is the client's public key (z85)."""
         return self._keys is not None and key == self._keys.client_key
 
-    async def _count_refused(self) -> None:
-        with self._context.socket(zmq.PAIR) as events:
-            events.connect(_REFUSALS)
-            while True:
-                await events.recv_multipart()
-                self.refused += 1
+    async def _count_refused(self, events: zmq.asyncio.Socket) -> None:
+        while True:
+            await events.recv_multipart()
+            self.refused += 1
 
     async def receive(self) -> tuple[bytes, PeerMessage]:
         """The next good message and who sent it."""
@@ -160,6 +162,8 @@ class HubSocket:
 
     def close(self) -> None:
         """Closes everything; may be called twice."""
+        if self._socket is not None:
+            self._socket.disable_monitor()
         if self._counting is not None:
             self._counting.cancel()
             self._counting = None
