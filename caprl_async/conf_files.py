@@ -14,6 +14,7 @@ from typing import Any
 from caprl_async.benchmarks.table import BENCHMARKS, CAPRL_QA, GRADED
 from caprl_async.conf_help import value_of
 from caprl_async.config import Config, JudgeMode, WriterConfig
+from caprl_async.endpoint.protocol import url_problems
 from caprl_async.prism.names import EVALUATED
 
 INPUT_FILES = {"data.train": True, "data.heldout": False, "evaluate.heldout_judge.data": False}
@@ -191,6 +192,7 @@ def curate_problems(config: Config) -> Iterator[str]:
 def writer_problems(config: WriterConfig, key: str, *, sees: bool) -> Iterator[str]:
     """The same for a model that writes; `sees`: it is shown images."""
     if config.endpoint.url:
+        yield from url_problems(config.endpoint.url, f"{key}.endpoint")
         return
     folder = Path(config.model)
     if not config.model:

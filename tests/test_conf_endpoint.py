@@ -57,3 +57,18 @@ def test_confs_that_an_endpoint_cannot_run(tmp_path: Path, overrides: list[str],
     with pytest.raises(ConfError) as error:
         _conf(tmp_path, *overrides)
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("http://me:hidden@host/v1", "no user, password"),
+        ("host:8000/v1", "must begin with http://"),
+        ("http://[::1/v1", "IPv6"),
+    ],
+)
+def test_a_writer_behind_an_endpoint_has_no_secret_in_its_url(tmp_path: Path, url: str, words: str) -> None:
+    changes = [f"run_dir={tmp_path}", f"data.images={tmp_path}", f"captioner.endpoint.url={url}"]
+    with pytest.raises(ConfError, match=r"captioner\.endpoint\.url.*" + words) as error:
+        conf.load(["conf=conf/annotate.yaml", *changes])
+    assert "hidden" not in str(error.value)

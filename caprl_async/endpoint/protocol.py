@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
 import msgspec
 
 from caprl_async.config import EndpointConfig
@@ -12,6 +15,22 @@ _PAUSE_S = 8.0  # the client's longest pause between two tries, unless the serve
 def patience_s(endpoint: EndpointConfig) -> float:
     """Seconds that one request may take, all its tries and the pauses between them included."""
     return (endpoint.retries + 1) * endpoint.timeout_s + endpoint.retries * _PAUSE_S
+
+
+def url_problems(url: str, key: str) -> Iterator[str]:
+    """What is wrong with `url`, a sentence each; `key` is where the conf has it, as "checker.endpoint"."""
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        yield f"{key}.url={url}: {error}"
+        return
+    if parts.username or parts.password or parts.query or parts.fragment:
+        yield (
+            f"{key}.url must hold no user, password or query, which would be shown wherever the url is; give "
+            f"the key by {key}.api_key_env"
+        )
+    elif parts.scheme not in ("http", "https") or not parts.hostname:
+        yield f"{key}.url={url} must begin with http:// or https:// and name a host"
 
 
 class Token(msgspec.Struct):

@@ -11,11 +11,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 from caprl_async.config import JudgeConfig, JudgeMode
 from caprl_async.data.chat import escape_markup
-from caprl_async.endpoint.protocol import Choice, Logprobs, Position
+from caprl_async.endpoint.protocol import Choice, Logprobs, Position, url_problems
 from caprl_async.judge import verdicts
 from caprl_async.judge.letters import read_letter
 from caprl_async.judge.permutations import Order, seed_of
@@ -179,15 +178,7 @@ def _written(choices: Sequence[Choice]) -> list[str]:
 
 def clashes(config: JudgeConfig) -> Iterator[str]:
     """A sentence for each setting that does not suit an endpoint."""
-    url = config.endpoint.url
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        yield f"judge.endpoint.url={url} must begin with http:// or https:// and name a host"
-    if parts.username or parts.password or parts.query or parts.fragment:
-        yield (
-            "judge.endpoint.url must hold no user, password or query, which would be shown wherever the url "
-            "is; give the key by judge.endpoint.api_key_env"
-        )
+    yield from url_problems(config.endpoint.url, "judge.endpoint")
     if config.mode is JudgeMode.likelihood:
         yield (
             "judge.mode=likelihood with judge.endpoint.url: a chat API scores no given texts; use "
