@@ -161,15 +161,17 @@ class StubRollout:
 
 
 class StubJudge:
-    """Answers at once: the i-th of n captions scores i / n."""
+    """Answers at once (or after `delay`): the i-th of n captions scores i / n."""
 
     def __init__(self, name: str = "judge-0", serves: str = "judge", incarnation: str = "1") -> None:
         self.hello = Hello(role=Role.JUDGE, name=name, incarnation=incarnation, serves=serves)
         self.slots = 2
+        self.delay: Callable[[], float] = lambda: 0.0
         self.seen: list[JudgeLease] = []
 
     async def handle(self, lease: JudgeLease) -> Judged:
         self.seen.append(lease)
+        await asyncio.sleep(self.delay())
         return Judged(lease=lease.lease, verdicts=verdicts(lease.questions, len(lease.captions)))
 
     def stats(self) -> dict[str, Any]:

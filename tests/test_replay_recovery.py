@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from replay_kit import StubJudge, StubLearner, StubRollout, connected, make_config, run, running, turn
 from test_replay_flow import QUESTIONS, World
 
@@ -25,7 +26,7 @@ from caprl_async.replay.ledger import Ledger, audit_file
 from caprl_async.replay.lives import Prepared
 from caprl_async.replay.saved import Saved, read_saved, recover, restore, save, write_note
 from caprl_async.replay.transport import HubKeys
-from caprl_async.types import ImageRef, Version
+from caprl_async.types import ImageRef, Judged, JudgeLease, Version
 
 
 class Mortal(World):
@@ -227,31 +228,60 @@ def test_old_prompts_become_totals_when_the_ledger_is_too_large(tmp_path: Path) 
     run(whole())
 
 
+class OldJudge(StubJudge):
+    """What it is asked while it is `old` scores in the opposite order."""
+
+    old = True
+
+    async def handle(self, lease: JudgeLease) -> Judged:
+        old = self.old
+        answer = await super().handle(lease)
+        return replace(answer, verdicts=answer.verdicts[::-1]) if old else answer
+
+
 def test_work_that_is_handed_out_while_a_checkpoint_is_read_is_of_the_old_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def whole() -> None:
         config = make_config(tmp_path)
-        rollout, judge = StubRollout(), StubJudge()
-        async with running(config, tmp_path) as (queue, address), connected(address, rollout, judge):
+        rollout, judge = StubRollout(), OldJudge()
+        loop = asyncio.get_running_loop()
+        async with (
+            running(config, tmp_path) as (queue, address),
+            connected(address, rollout, judge) as peers,
+        ):
             learner = StubLearner(address)
             await queue.open_admission()
             await turn(queue, learner, rollout, 0)
-            judge.delay = lambda: 0.05
+            rollout.delay = judge.delay = lambda: 1.0
+            while not (await queue.status())["states"].get("generating"):
+                await asyncio.sleep(0.01)
             (tmp_path / "cut").mkdir()
             await queue.save(str(tmp_path / "cut"))
             assert read_saved(tmp_path / "cut").outstanding
+            rollout.delay = lambda: 0.0
             put = queue._put
 
             def slow(*args: Any) -> Prepared:
+                for peer in peers:  # a heartbeat: the hub hands out what it can
+                    loop.call_soon_threadsafe(peer.announce)
                 time.sleep(0.1)
                 return put(*args)
 
+            def back(*args: Any) -> None:
+                judge.delay, judge.old = lambda: 0.0, False
+                restore(*args)
+
             monkeypatch.setattr(queue, "_put", slow)
+            monkeypatch.setattr("caprl_async.replay.hub.restore", back)
             await queue.restore(str(tmp_path / "cut"), Version(1, 1))
             rollout.version = Version(1, 1)
+            peers[0].announce()  # the same prompts are captioned again before the judge answers
             for step in range(1, 4):
-                assert await turn(queue, learner, rollout, step, epoch=1) is not None
+                batch = await turn(queue, learner, rollout, step, epoch=1)
+                assert [[row[0].score for row in group.verdicts] for group in batch.groups] == [
+                    [0, 1 / 3, 2 / 3]
+                ] * 4
             audit = await queue.audit()
             assert (audit["violations"], audit["doubled"]) == ([], 0)
 
