@@ -231,7 +231,7 @@ def test_old_prompts_become_totals_when_the_ledger_is_too_large(tmp_path: Path) 
 class OldJudge(StubJudge):
     """What it is asked while it is `old` scores in the opposite order."""
 
-    old = True
+    old = False
 
     async def handle(self, lease: JudgeLease) -> Judged:
         old = self.old
@@ -259,7 +259,7 @@ def test_work_that_is_handed_out_while_a_checkpoint_is_read_is_of_the_old_line(
             (tmp_path / "cut").mkdir()
             await queue.save(str(tmp_path / "cut"))
             assert read_saved(tmp_path / "cut").outstanding
-            rollout.delay = lambda: 0.0
+            rollout.delay, judge.old = lambda: 0.0, True
             put = queue._put
 
             def slow(*args: Any) -> Prepared:
