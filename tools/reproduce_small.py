@@ -61,13 +61,17 @@ def _sample(draws: int) -> Arm:
         *("judge.mode=sample", f"judge.draws={draws}", "judge.temperature=0.6"),
         "evaluate.heldout_judge.mode=likelihood",
     )
-    return Arm(f"sample-{draws}", f"RL, {draws} sampled answers per caption", (*_RL, _LETTERS, *mode))
+    return Arm(
+        f"sample-{draws}",
+        f"RL, {draws} sampled answer{'s' if draws > 1 else ''} per caption",
+        (*_RL, _LETTERS, *mode),
+    )
 
 
 def _questions(number: int) -> Arm:
     return Arm(
         f"questions-{number}",
-        f"RL, {number} questions per image",
+        f"RL, {number} question{'s' if number > 1 else ''} per image",
         (*_RL, f"data.questions_per_image={number}"),
     )
 
