@@ -15,6 +15,7 @@ from caprl_async.benchmarks.table import BENCHMARKS, CAPRL_QA, GRADED
 from caprl_async.conf_help import value_of
 from caprl_async.config import Config, JudgeMode, WriterConfig
 from caprl_async.endpoint.protocol import url_problems
+from caprl_async.judge.chat import clashes as endpoint_clashes
 from caprl_async.prism.names import EVALUATED
 
 INPUT_FILES = {"data.train": True, "data.heldout": False, "evaluate.heldout_judge.data": False}
@@ -211,6 +212,7 @@ def judge_problems(config: Config) -> Iterator[str]:
     if config.judge.mode is JudgeMode.sample:
         yield f"judge.mode=sample draws some of the questions; job={config.job} asks all: take another mode"
     if config.judge.endpoint.url:
+        yield from endpoint_clashes(config.judge)
         return
     if not model:
         yield "judge.model is empty: name the folder of a checkpoint (or set judge.endpoint.url)"

@@ -65,10 +65,27 @@ def test_confs_that_an_endpoint_cannot_run(tmp_path: Path, overrides: list[str],
         ("http://me:hidden@host/v1", "no user, password"),
         ("host:8000/v1", "must begin with http://"),
         ("http://[::1/v1", "IPv6"),
+        ("http://me:hidden@\u2100host/v1", "cannot be read"),
     ],
 )
 def test_a_writer_behind_an_endpoint_has_no_secret_in_its_url(tmp_path: Path, url: str, words: str) -> None:
     changes = [f"run_dir={tmp_path}", f"data.images={tmp_path}", f"captioner.endpoint.url={url}"]
     with pytest.raises(ConfError, match=r"captioner\.endpoint\.url.*" + words) as error:
         conf.load(["conf=conf/annotate.yaml", *changes])
+    assert "hidden" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        ["conf=conf/curate.yaml", "questioner.endpoint.url=http://host/v1"],
+        ["conf=conf/evaluate.yaml", "prism.benchmark=caprl_qa", "captioner.endpoint.url=http://host/v1"],
+    ],
+)
+def test_a_job_that_asks_a_served_judge_hears_at_once_what_does_not_suit_it(
+    tmp_path: Path, job: list[str]
+) -> None:
+    judge = ["judge.mode=expected", "judge.endpoint.url=http://me:hidden@host/v1"]
+    with pytest.raises(ConfError, match=r"judge\.endpoint\.url must hold no user, password") as error:
+        conf.load([*job, *judge, f"run_dir={tmp_path}", f"data.images={tmp_path}", f"prism.data={tmp_path}"])
     assert "hidden" not in str(error.value)

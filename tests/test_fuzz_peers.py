@@ -95,7 +95,7 @@ def test_strangers_are_counted_and_not_heard(tmp_path: Path) -> None:
 
 
 def test_strangers_do_not_hold_up_the_hub_while_its_loop_is_busy() -> None:
-    async def whole() -> int:
+    async def whole() -> None:
         hub = HubSocket()
         address = hub.start("127.0.0.1", HubKeys.make())
         port = int(address.endpoint.rpartition(":")[2])

@@ -117,7 +117,7 @@ def test_the_table_says_who_agrees(tool: Any) -> None:
 
 
 def test_a_finished_arm_is_not_run_again(tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tool, "_program", lambda *arguments: pytest.fail("it ran"))
+    monkeypatch.setattr(tool.small_rater, "program", lambda *arguments: pytest.fail("it ran"))
     folder = tmp_path / "caprl-0"
     folder.mkdir()
     (folder / "result.json").write_text(
@@ -133,7 +133,7 @@ def test_results_of_elsewhere_are_taken(tool: Any, tmp_path: Path, monkeypatch: 
     out.mkdir()
     (out / "results.json").write_text('{"start": {"0": 0.4, "1": 0.5}, "caprl": {"0": 0.8, "1": 0.9}}')
     monkeypatch.setattr(tool, "make_data", lambda folder: None)
-    monkeypatch.setattr(tool, "_program", lambda *arguments: pytest.fail("it ran"))
+    monkeypatch.setattr(tool.small_rater, "program", lambda *arguments: pytest.fail("it ran"))
     assert tool.main(["--seeds", "0", "1", "--only", "caprl", "--out", str(out)]) == 0
     assert "| 85.0 % | 80.0 %, 90.0 % |" in (out / "table.md").read_text()
     table = tool.table(tool.ARMS, {"start": {"0": 0.4, "1": 0.5}, "caprl": {"1": 0.9, "2": 0.8}})

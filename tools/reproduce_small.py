@@ -26,8 +26,6 @@ import init_vlm
 import small_data
 import small_rater
 
-_program = small_rater.program
-
 TINY = Path(caprl_async.__file__).parent / "tiny"
 _RL = ("conf=conf/demo.yaml", "steps=50", "evaluate.dense_policy=", "evaluate.interval=0")
 _SFT = ("conf=conf/sft_demo.yaml", "evaluate.interval=0", "sft.validation=")
@@ -205,7 +203,7 @@ def run_arm(arm: Arm, seed: int, folder: Path, data: Path, overrides: Sequence[s
             small_rater.make(data / "rater")
         filled = [one.replace("{data}", str(data)).replace("{seed}", str(seed)) for one in arm.overrides]
         going_on = ["resume=true"] if (run_dir / "ledger.sqlite").is_file() else []
-        _program(*filled, f"seed={seed}", f"run_dir={run_dir}", *going_on, *overrides)
+        small_rater.program(*filled, f"seed={seed}", f"run_dir={run_dir}", *going_on, *overrides)
     found = json.loads(result.read_text())
     if arm.measure == "loss":
         return {arm.name: found["validation_loss"]}
@@ -227,7 +225,7 @@ def _make_captions(arm: Arm, seed: int, folder: Path, data: Path, overrides: Seq
         run_arm(trained, seed, folder, data, overrides)
     if not out.is_dir():
         run_dir = folder / f"captions-{out.name}"
-        _program(
+        small_rater.program(
             *("conf=conf/annotate_demo.yaml", f"data.images={data / 'dense.parquet'}"),
             *(f"captioner.model={model.resolve()}", "captioner.temperature=0.0", "annotate.form=webdataset"),
             *(f"run_dir={run_dir}", f"seed={seed}", *(["resume=true"] if run_dir.is_dir() else [])),

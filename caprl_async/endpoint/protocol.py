@@ -21,8 +21,8 @@ def url_problems(url: str, key: str) -> Iterator[str]:
     """What is wrong with `url`, a sentence each; `key` is where the conf has it, as "checker.endpoint"."""
     try:
         parts = urlsplit(url)
-    except ValueError as error:
-        yield f"{key}.url={url}: {error}"
+    except ValueError:  # its text may show a password
+        yield f"{key}.url cannot be read: an IPv6 address without its brackets, or letters that no host has"
         return
     if parts.username or parts.password or parts.query or parts.fragment:
         yield (

@@ -162,8 +162,6 @@ class HubSocket:
 
     def close(self) -> None:
         """Closes everything; may be called twice."""
-        if self._socket is not None:
-            self._socket.disable_monitor()
         if self._counting is not None:
             self._counting.cancel()
             self._counting = None
